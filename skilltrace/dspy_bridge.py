@@ -1,0 +1,336 @@
+"""The one module that knows DSPy: counting LM calls, carrying the current run into DSPy's threads, hooking modules.
+
+Importing it imports no DSPy; it acts once DSPy is imported, by whomever. Three places of DSPy are used:
+
+- `caller_modules`, in DSPy's context: the meter of each open run stands there as if it were a module, and gets the
+  history entries of the calls made inside, in whichever of DSPy's threads they are made;
+- a global callback, which tells how long each LM call took and which of them failed;
+- `dspy.Module.__call__` and `acall`, wrapped once, which look for a mark on the module.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import wrapt
+
+from skilltrace import mlflow_bridge
+from skilltrace.faults import report, warn_once
+from skilltrace.usage import Call, Meter, read_entry
+
+if TYPE_CHECKING:
+    from skilltrace.run import Run
+
+T = TypeVar("T")
+
+_RUN = "_skilltrace_run"  # our key in DSPy's context
+
+_settings: Any = None  # dspy.dsp.utils.settings, once DSPy is imported
+_callback: Any = None
+_on_import: list[Callable[[], None]] = []
+
+
+class _Collector:
+    """A run's meter, as DSPy sees it: a module whose history takes entries and is always empty."""
+
+    __slots__ = ("meter", "run")
+
+    def __init__(self, run: Run, meter: Meter) -> None:
+        self.run = run
+        self.meter = meter
+
+    @property
+    def history(self) -> _Collector:
+        return self
+
+    def __len__(self) -> int:
+        return 0
+
+    def append(self, entry: Any) -> None:
+        # DSPy calls this in the middle of the user's LM call: nothing may come out of here.
+        try:
+            call = _calls.get(_active_call_id.get()) if _calls else None
+            settings: dict[str, Any] = {}
+            if call is not None:
+                call.recorded = True
+                settings = call.settings
+            else:
+                kwargs = entry.get("kwargs") or {}
+                settings = {name: kwargs.get(key) for name, key in _SETTINGS}
+            figures = read_entry(entry, duration=call.seconds() if call is not None else 0.0)
+            self.meter.add(figures, {"lm.model": figures.model, **settings})
+        except Exception:
+            report("count an LM call")
+
+    # DSPy copies and pickles its context in places; a copy that counted would count twice.
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Collector:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (list, ())
+
+
+_SETTINGS = (("lm.temperature", "temperature"), ("lm.max_tokens", "max_tokens"))
+
+
+class _LMCall:
+    """One LM call between its start and its end."""
+
+    __slots__ = ("collectors", "inside", "model", "recorded", "settings", "started")
+
+    def __init__(self, instance: Any, inputs: dict[str, Any], collectors: list[_Collector], inside: bool) -> None:
+        self.started = time.perf_counter()
+        self.collectors = collectors
+        self.inside = inside  # a subclass's call that calls its base's: the outer one is what the user made
+        self.recorded = False
+        self.model = str(getattr(instance, "model", "unknown"))
+        kwargs = {**(getattr(instance, "kwargs", None) or {}), **(inputs.get("kwargs") or {})}
+        self.settings = {name: kwargs.get(key) for name, key in _SETTINGS}
+        if self.settings["lm.max_tokens"] is None:
+            self.settings["lm.max_tokens"] = kwargs.get("max_completion_tokens")
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+
+_calls: dict[str | None, _LMCall] = {}
+_active_call_id: Any = None
+
+
+def loaded() -> bool:
+    """Whether DSPy is imported (and all of it, not just begun)."""
+    return _settings is not None
+
+
+def load() -> None:
+    """Import DSPy, which connects it."""
+    import dspy  # noqa: F401
+
+
+def is_module(value: Any) -> bool:
+    """Whether the value is a `dspy.Module`, or a subclass of it."""
+    if _settings is None:
+        return False
+    base = sys.modules["dspy"].Module
+    return issubclass(value, base) if isinstance(value, type) else isinstance(value, base)
+
+
+def on_import(action: Callable[[], None]) -> None:
+    """Have a function called when DSPy has been imported, in the thread that did it; at once where it has been."""
+    if _settings is not None:
+        action()
+    else:
+        _on_import.append(action)
+
+
+# --- the context of a run --------------------------------------------------------------------------------------------
+
+
+def enter(run: Run) -> Any:
+    """Make `run` the current one in DSPy's context; returns what `leave` needs."""
+    if _settings is None:
+        return None
+    overrides = _settings.thread_local_overrides
+    before = overrides.get()
+    callers = before.get("caller_modules") or _settings.main_thread_config.get("caller_modules") or ()
+    after = type(before)(before)
+    after["caller_modules"] = [*callers, run.collector]
+    after[_RUN] = run
+    # Not dspy.context: it copies the whole global configuration into the context, so that a dspy.configure inside the
+    # run would have no effect there.
+    overrides.set(after)
+    _ensure_callback()
+    return before, after
+
+
+def leave(run: Run, token: Any) -> None:
+    """Undo `enter`; in whatever context and order."""
+    if _settings is None:
+        return
+    overrides = _settings.thread_local_overrides
+    now = overrides.get()
+    if token is not None and now is token[1]:
+        overrides.set(token[0])
+        return
+    callers = now.get("caller_modules")
+    if not callers or run.collector not in callers:
+        return
+    without = type(now)(now)
+    without["caller_modules"] = [caller for caller in callers if caller is not run.collector] or None
+    if without.get(_RUN) is run:
+        without[_RUN] = run.parent
+    overrides.set(without)
+
+
+def current_run() -> Run | None:
+    """The run of DSPy's context: its threads have that, and no other context variable of their parent."""
+    return _settings.thread_local_overrides.get().get(_RUN) if _settings is not None else None
+
+
+def _collectors() -> list[_Collector]:
+    callers = _settings.settings.caller_modules or ()
+    return [caller for caller in callers if type(caller) is _Collector]
+
+
+def collector(run: Run, meter: Meter) -> Any:
+    """The object that stands for a run in `caller_modules`."""
+    return _Collector(run, meter)
+
+
+# --- the callback ----------------------------------------------------------------------------------------------------
+
+
+def _ensure_callback() -> None:
+    """Have our callback in the list that applies here, behind MLflow's.
+
+    It is put into the list in place: `dspy.configure` would make this thread the only one allowed to configure DSPy.
+    """
+    callbacks = _settings.settings.callbacks
+    if callbacks and callbacks[-1] is _callback:
+        return
+    for position, callback in enumerate(callbacks):
+        if callback is _callback:
+            if not any(type(other).__name__ == "MlflowCallback" for other in callbacks[position + 1 :]):
+                return
+            # A trace must have been started when we ask for its id.
+            callbacks.remove(_callback)
+            break
+    callbacks.append(_callback)
+
+
+def _make_callback(base: type) -> Any:
+    class SkilltraceCallback(base):  # type: ignore[misc]  # its base is known only once DSPy is imported
+        """Notes how long LM calls take, which fail, and which traces are made in which run."""
+
+        def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+            _note_trace()
+
+        def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
+            collectors = _collectors()
+            if collectors:
+                _note_trace()
+                _calls[call_id] = _LMCall(instance, inputs, collectors, inside=_active_call_id.get() in _calls)
+
+        def on_lm_end(self, call_id: str, outputs: Any | None, exception: BaseException | None = None) -> None:
+            call = _calls.pop(call_id, None)
+            if call is None or call.recorded or call.inside:
+                return
+            # No entry came: it failed or was cancelled (then there are no outputs), or DSPy keeps no history.
+            failed = exception is not None or outputs is None
+            if not failed:
+                warn_once(
+                    "history",
+                    "DSPy's history is off (disable_history or max_history_size=0): calls, failures and durations of "
+                    "LM calls are counted, tokens and cost cannot be.",
+                )
+            figures = Call(call.model, call.seconds(), failed=failed)
+            for collector in call.collectors:
+                collector.meter.add(figures, {"lm.model": call.model, **call.settings})
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            return self
+
+    return SkilltraceCallback()
+
+
+def _note_trace() -> None:
+    run = current_run()
+    if run is not None:
+        trace_id = mlflow_bridge.active_trace_id()
+        if trace_id is not None:
+            run.note_trace(trace_id)
+
+
+# --- dspy.configure belongs to the user ------------------------------------------------------------------------------
+
+
+def without_owning(function: Callable[[], T]) -> T:
+    """Run a function that calls `dspy.configure` so that it neither needs nor takes the right to do so.
+
+    DSPy lets only the first thread (and task) that configures it do so again. `mlflow.dspy.autolog` configures it.
+    """
+    settings = _settings.settings
+    cls = type(settings)
+    original = cls._ensure_configure_allowed
+    if not hasattr(original, "skilltrace"):
+
+        @functools.wraps(original)
+        def ensure_configure_allowed(self: Any) -> None:
+            if not _exempt.get():
+                original(self)
+
+        ensure_configure_allowed.skilltrace = True  # type: ignore[attr-defined]
+        cls._ensure_configure_allowed = ensure_configure_allowed
+    exempt = _exempt.set(True)
+    # In an empty DSPy context: configure would else copy what `dspy.context` set here into the global configuration.
+    overrides = _settings.thread_local_overrides
+    context = overrides.set(type(overrides.get())())
+    try:
+        return function()
+    finally:
+        overrides.reset(context)
+        _exempt.reset(exempt)
+
+
+_exempt: contextvars.ContextVar[bool] = contextvars.ContextVar("skilltrace_exempt", default=False)
+
+
+# --- modules ---------------------------------------------------------------------------------------------------------
+
+
+def hook_modules(
+    marked: Callable[[Any], bool],
+    call: Callable[[Any, Callable[..., Any], str, tuple[Any, ...], dict[str, Any]], Any],
+    acall: Callable[[Any, Callable[..., Any], str, tuple[Any, ...], dict[str, Any]], Any],
+) -> None:
+    """Wrap `dspy.Module.__call__` and `acall`, once.
+
+    Args:
+        marked: Whether a module is tracked; asked at each call of any module, so it must be quick.
+        call: Runs a tracked module: (module, the original method bound to nothing, its name, args, kwargs).
+        acall: The same, returning an awaitable.
+    """
+    base = sys.modules["dspy"].Module
+    if hasattr(base.__call__, "skilltrace"):
+        return
+    original, aoriginal = base.__call__, base.acall
+
+    @functools.wraps(original)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807  # DSPy looks at its caller's name
+        return call(self, original, "__call__", args, kwargs) if marked(self) else original(self, *args, **kwargs)
+
+    @functools.wraps(aoriginal)
+    async def tracked_acall(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if marked(self):
+            return await acall(self, aoriginal, "acall", args, kwargs)
+        return await aoriginal(self, *args, **kwargs)
+
+    __call__.skilltrace = True  # type: ignore[attr-defined]
+    base.__call__, base.acall = __call__, tracked_acall
+
+
+# --- at DSPy's import ------------------------------------------------------------------------------------------------
+
+
+def _imported(_: Any) -> None:
+    global _settings, _callback, _active_call_id
+    try:
+        import dspy.dsp.utils.settings
+        from dspy.utils import callback
+
+        _active_call_id = callback.ACTIVE_CALL_ID
+        _callback = _make_callback(callback.BaseCallback)
+        _settings = sys.modules["dspy.dsp.utils.settings"]
+        for action in _on_import:
+            action()
+        _on_import.clear()
+    except Exception:
+        report("connect to DSPy")
+
+
+wrapt.register_post_import_hook(_imported, "dspy")

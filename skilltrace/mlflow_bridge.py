@@ -1,0 +1,299 @@
+"""The one module that knows MLflow: the calls that delivery makes, and turning its autologging on.
+
+Importing it imports no MLflow; that happens when a function is first used, which is off the caller's path.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from skilltrace.faults import logger, warn_once
+from skilltrace.redaction import without_credentials
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+    from skilltrace.records import Metric, Target
+
+T = TypeVar("T")
+
+KEY_TAG = "skilltrace.key"
+KIND_TAG = "skilltrace.kind"
+RECOVERED_TAG = "skilltrace.recovered"
+PARENT_TAG = "mlflow.parentRunId"
+# Without it MLflow takes an experiment that has traces for a GenAI one, and hides its runs behind another tab.
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+
+# MLflow's own defaults (7 retries, 120 s) block for minutes, and repeat a POST whose answer was lost: one create_run
+# then makes several runs. Delivery retries itself, and knows how to look first.
+_TIMEOUT = (5.0, 30.0)  # seconds to connect, to read
+
+
+class Unavailable(Exception):
+    """MLflow cannot be reached, or answers that it cannot serve now: the same call may succeed later."""
+
+
+class Refused(Exception):
+    """MLflow understood and said no: the same call will never succeed."""
+
+
+_REFUSALS = frozenset(
+    "INVALID_PARAMETER_VALUE BAD_REQUEST INVALID_STATE RESOURCE_DOES_NOT_EXIST NOT_FOUND ENDPOINT_NOT_FOUND "
+    "NOT_IMPLEMENTED RESOURCE_ALREADY_EXISTS FEATURE_DISABLED".split()
+)
+
+
+@contextmanager
+def _errors_sorted() -> Iterator[None]:
+    """Raise what MLflow raises as one of the two kinds that delivery acts on."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (Unavailable, Refused):
+        raise
+    except MlflowException as error:
+        reason = f"{error.error_code}: {error.message}"
+        raise (Refused if error.error_code in _REFUSALS else Unavailable)(reason) from error
+    except FileNotFoundError as error:
+        raise Refused(str(error)) from error
+    except Exception as error:
+        raise Unavailable(f"{type(error).__name__}: {error}") from error
+
+
+class Store:
+    """One MLflow tracking store, and what skilltrace does there. Each call raises `Unavailable` or `Refused`.
+
+    Args:
+        uri: The tracking URI, without credentials as a journal has it, or with.
+        lock: A context manager to hold while the store is opened: several processes that open a new sqlite store at
+            once race in its schema migration, and all but one die.
+    """
+
+    def __init__(self, uri: str, lock: AbstractContextManager[Any] | None = None) -> None:
+        self.uri = _with_credentials.get(uri, uri)
+        self._experiments: dict[Target, str] = {}
+        with _errors_sorted(), lock or nullcontext():
+            from mlflow import MlflowClient
+
+            _bound_requests()
+            with _bounded():
+                self._client: MlflowClient = MlflowClient(tracking_uri=self.uri)
+
+    def experiment_id(self, target: Target) -> str:
+        """The id of the target's experiment, which is created where there is none."""
+        known = self._experiments.get(target)
+        if known is not None:
+            return known
+        if target.experiment_id is not None:
+            self._experiments[target] = target.experiment_id
+            return target.experiment_id
+        name = target.experiment or ""
+        with _errors_sorted(), _bounded():
+            experiment = self._client.get_experiment_by_name(name)
+            if experiment is None:
+                try:
+                    created = self._client.create_experiment(name, target.artifact_location, tags=_EXPERIMENT_TAGS)
+                except Exception:
+                    # Another process may have been faster, or the answer was lost.
+                    experiment = self._client.get_experiment_by_name(name)
+                    if experiment is None:
+                        raise
+            if experiment is not None:
+                if experiment.lifecycle_stage != "active":
+                    raise Refused(
+                        f"the experiment {name!r} is deleted; restore it (mlflow experiments restore "
+                        f"--experiment-id {experiment.experiment_id}) or configure another"
+                    )
+                created = experiment.experiment_id
+        self._experiments[target] = created
+        return created
+
+    def find_run(self, experiment_id: str, key: str) -> str | None:
+        """The id of the run that carries a key, or None."""
+        with _errors_sorted(), _bounded():
+            runs = self._client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
+        return runs[0].info.run_id if runs else None
+
+    def create_run(self, experiment_id: str, name: str, start_ms: int, tags: Mapping[str, str]) -> str:
+        """Create a run; not idempotent, so after a doubt `find_run` comes first."""
+        with _errors_sorted(), _bounded():
+            run = self._client.create_run(experiment_id, start_time=start_ms, tags=dict(tags), run_name=name)
+        run_id: str = run.info.run_id
+        return run_id
+
+    def log_batch(
+        self, run_id: str, metrics: Iterable[Metric], params: Mapping[str, str], tags: Mapping[str, str]
+    ) -> None:
+        """Log metrics, params and tags in one request where MLflow's limits allow; repeating it changes nothing."""
+        from mlflow import entities
+
+        with _errors_sorted(), _bounded():
+            self._client.log_batch(
+                run_id,
+                [entities.Metric(point.key, float(point.value), point.timestamp, point.step) for point in metrics],
+                [entities.Param(key, value) for key, value in params.items()],
+                [entities.RunTag(key, value) for key, value in tags.items()],
+            )
+
+    def log_artifact(self, run_id: str, file: Path, folder: str) -> None:
+        """Upload a file; repeating it overwrites it with the same."""
+        with _errors_sorted(), _bounded():
+            self._client.log_artifact(run_id, str(file), folder or None)
+
+    def link_traces(self, run_id: str, trace_ids: list[str]) -> None:
+        """Link traces to the run; they need not have arrived yet. MLflow takes 100 at a time."""
+        with _errors_sorted(), _bounded():
+            for first in range(0, len(trace_ids), 100):
+                self._client.link_traces_to_run(trace_ids[first : first + 100], run_id)
+
+    def terminate(self, run_id: str, status: str, end_ms: int) -> None:
+        """Set the final status and end time."""
+        from mlflow.entities import RunStatus
+
+        # Not MlflowClient.set_terminated: it prints, asks for the run once more, and shuts down asynchronous logging
+        # of the store, which the user's own code shares.
+        with _errors_sorted(), _bounded():
+            self._client._tracking_client.store.update_run_info(
+                run_id, RunStatus.from_string(status), end_ms, run_name=None
+            )
+
+
+# --- credentials: a journal has none, so a process keeps those that it was configured with --------------------------
+
+_with_credentials: dict[str, str] = {}
+
+
+def know(uri: str) -> None:
+    """Remember a URI with its credentials, to be used where a journal names it without."""
+    _with_credentials[without_credentials(uri)] = uri
+
+
+# --- requests of delivery: our own time limits, without touching those of the user's calls ---------------------------
+
+_request_is_ours: contextvars.ContextVar[bool] = contextvars.ContextVar("skilltrace_request", default=False)
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    token = _request_is_ours.set(True)
+    try:
+        yield
+    finally:
+        _request_is_ours.reset(token)
+
+
+@functools.cache
+def _bound_requests() -> None:
+    """Have MLflow's HTTP requests obey our limits where delivery makes them.
+
+    All of them go through one function, whose arguments MLflow takes from environment variables; those are the user's.
+    """
+    from mlflow.utils import rest_utils
+
+    original = getattr(rest_utils, "_get_http_response_with_retries", None)
+    if original is None:
+        warn_once("rest_utils", "This MLflow sends requests in an unknown way: its own timeouts apply to delivery.")
+        return
+
+    @functools.wraps(original)
+    def bounded(method: str, url: str, max_retries: int, *args: Any, **kwargs: Any) -> Any:
+        if _request_is_ours.get():
+            max_retries = 0
+            kwargs["timeout"] = _TIMEOUT
+        return original(method, url, max_retries, *args, **kwargs)
+
+    rest_utils._get_http_response_with_retries = bounded
+
+
+# --- what MLflow knows about the process --------------------------------------------------------------------------
+
+
+def context_tags() -> dict[str, str]:
+    """The tags that `mlflow.start_run` sets for user, source, git commit and notebook."""
+    from mlflow.tracking.context.registry import resolve_tags
+
+    return {str(key): str(value) for key, value in resolve_tags().items()}
+
+
+# --- autologging and traces ------------------------------------------------------------------------------------------
+
+
+def autolog(
+    store: Store, target: Target, *, allowed: Callable[[Callable[[], T]], T], options: Mapping[str, bool] | None = None
+) -> None:
+    """Turn on `mlflow.dspy.autolog`, with traces, compiles and evaluations going where the runs go.
+
+    Args:
+        store: An open store: MLflow asks it for the experiment on the caller's thread, so one that is down must not be
+            set here.
+        target: The experiment.
+        allowed: Runs a function that may call `dspy.configure` without becoming its owner.
+        options: Arguments of `mlflow.dspy.autolog`.
+    """
+    experiment_id = store.experiment_id(target)
+    import mlflow
+
+    with _errors_sorted(), _bounded():
+        if mlflow.get_tracking_uri() != store.uri:
+            mlflow.set_tracking_uri(store.uri)
+        mlflow.set_experiment(experiment_id=experiment_id)
+        import mlflow.dspy
+
+        arguments: dict[str, Any] = {"log_compiles": True, "log_evals": True, "silent": True, **(options or {})}
+        allowed(functools.partial(mlflow.dspy.autolog, **arguments))
+
+
+def disable_autolog(allowed: Callable[[Callable[[], T]], T]) -> None:
+    """Turn `mlflow.dspy.autolog` off again."""
+    import mlflow.dspy
+
+    allowed(functools.partial(mlflow.dspy.autolog, disable=True, silent=True))
+
+
+def fluent_run_id() -> str | None:
+    """The id of the run that MLflow's own fluent API has open here, or None."""
+    mlflow = sys.modules.get("mlflow")
+    run = mlflow.active_run() if mlflow is not None else None
+    return run.info.run_id if run is not None else None
+
+
+def active_trace_id() -> str | None:
+    """The id of the trace that is open in this context, or None."""
+    mlflow = sys.modules.get("mlflow")
+    span = mlflow.get_current_active_span() if mlflow is not None else None
+    return span.trace_id if span is not None else None
+
+
+def flush_traces(timeout: float) -> None:
+    """Wait until the traces made so far are exported, for `timeout` seconds at most."""
+    mlflow = sys.modules.get("mlflow")
+    if mlflow is None:
+        return
+
+    def flush() -> None:
+        try:
+            mlflow.flush_trace_async_logging()
+        except Exception:
+            # It raises where no trace was ever made; a trace that is not exported MLflow reports itself.
+            logging.getLogger(__name__).debug("flushing traces", exc_info=True)
+
+    thread = threading.Thread(target=flush, name="skilltrace-traces", daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if thread.is_alive():
+        logger.warning("MLflow's traces are not all exported after %.1f s.", timeout)
+
+
+def run_url(uri: str, experiment_id: str, run_id: str, ui: str) -> str:
+    """The address of a run in the MLflow UI: the tracking server's, or for a local store the one that `ui` is at."""
+    base = uri if uri.startswith(("http://", "https://")) else ui
+    return f"{without_credentials(base).rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
