@@ -551,4 +551,3 @@ def _serializer_of(value: Any) -> _Serializer | None:
     )
     _by_type[kind] = serializer
     return serializer
-

@@ -100,7 +100,7 @@ def params(
     """Scalar arguments, by name; structures and long strings are left out, and so are secrets."""
     if option is False:
         return {}
-    wanted = None if option is True else frozenset(option)  # type: ignore[arg-type]  # bool is handled above
+    wanted = None if option is True else frozenset(option)
     found_params: dict[str, str] = {}
     for name, value in arguments.items():
         if name == first or (wanted is not None and name not in wanted) or redactor.secret(name):
@@ -125,13 +125,15 @@ def metrics(result: Any, option: MetricsOption) -> dict[str, float]:
             for name, value in fields.items()
             if isinstance(name, str) and (number := as_number(value)) is not None
         }
-    picks = option if isinstance(option, Mapping) else {name: name for name in option}  # type: ignore[union-attr]
+    picks = option if isinstance(option, Mapping) else {name: name for name in option}
     picked: dict[str, float] = {}
     for name, pick in picks.items():
         try:
             value = pick(result) if callable(pick) else follow(result, parse_path(pick, "metrics"))
         except Exception as exception:
-            warn_once(("metric", name, type(exception)), "The metric %r is not recorded: %r was raised.", name, exception)
+            warn_once(
+                ("metric", name, type(exception)), "The metric %r is not recorded: %r was raised.", name, exception
+            )
             continue
         if not found(value):
             warn_once(("metric", name), "The metric %r is not recorded: the result has no %r.", name, pick)

@@ -24,6 +24,7 @@ EMBEDDED_ARTIFACTS = "mlartifacts"
 DEFAULT_EXPERIMENT = "skilltrace"
 UI_PORT = 5001
 
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What `configure` resolved. See there for the meaning of each.

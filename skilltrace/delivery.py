@@ -108,6 +108,11 @@ class _Cursor(msgspec.Struct):
 @contextmanager
 def opening(uri: str, spool_dir: Path) -> Iterator[None]:
     """Hold, for the first use of a local database, a lock that all processes of this spool share."""
+    try:
+        if uri.startswith("sqlite"):
+            spool.prepare(spool_dir)
+    except OSError:
+        uri = ""  # the journal's side says that the folder cannot be written
     if not uri.startswith("sqlite"):
         yield
         return
@@ -223,9 +228,7 @@ class Deliverer:
         self._last_ns = cursor.last_ns
         self._doubtful = True
         for run in cursor.open:
-            self._runs[run.start.key] = _Run(
-                run.start.target.uri, run.start, run.run_id, run.refused, list(run.turns)
-            )
+            self._runs[run.start.key] = _Run(run.start.target.uri, run.start, run.run_id, run.refused, list(run.turns))
 
     def _save_cursor(self) -> None:
         opened = [
@@ -307,9 +310,7 @@ class Deliverer:
             run.traces = []
         if run.end is not None:
             end = run.end
-            self._or_reject(
-                key, "end", lambda: store.terminate(run.run_id or "", end.status, end.ns // 1_000_000)
-            )
+            self._or_reject(key, "end", lambda: store.terminate(run.run_id or "", end.status, end.ns // 1_000_000))
 
     def _store(self, uri: str) -> Store:
         store = self._stores.get(uri)

@@ -285,14 +285,14 @@ _exempt: contextvars.ContextVar[bool] = contextvars.ContextVar("skilltrace_exemp
 
 def hook_modules(
     marked: Callable[[Any], bool],
-    call: Callable[[Any, Callable[..., Any], str, tuple[Any, ...], dict[str, Any]], Any],
-    acall: Callable[[Any, Callable[..., Any], str, tuple[Any, ...], dict[str, Any]], Any],
+    call: Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any],
+    acall: Callable[[Any, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any],
 ) -> None:
     """Wrap `dspy.Module.__call__` and `acall`, once.
 
     Args:
         marked: Whether a module is tracked; asked at each call of any module, so it must be quick.
-        call: Runs a tracked module: (module, the original method bound to nothing, its name, args, kwargs).
+        call: Runs a tracked module: (module, the original method, unbound, args, kwargs).
         acall: The same, returning an awaitable.
     """
     base = sys.modules["dspy"].Module
@@ -302,12 +302,12 @@ def hook_modules(
 
     @functools.wraps(original)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807  # DSPy looks at its caller's name
-        return call(self, original, "__call__", args, kwargs) if marked(self) else original(self, *args, **kwargs)
+        return call(self, original, args, kwargs) if marked(self) else original(self, *args, **kwargs)
 
     @functools.wraps(aoriginal)
     async def tracked_acall(self: Any, *args: Any, **kwargs: Any) -> Any:
         if marked(self):
-            return await acall(self, aoriginal, "acall", args, kwargs)
+            return await acall(self, aoriginal, args, kwargs)
         return await aoriginal(self, *args, **kwargs)
 
     __call__.skilltrace = True  # type: ignore[attr-defined]

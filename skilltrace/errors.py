@@ -1,10 +1,10 @@
 """The errors that skilltrace raises, and only from calls that the user makes to skilltrace itself.
 
-    SkilltraceError
-    ├── ConfigurationError   a setting or a decorator's option has a bad value
-    ├── JournalError         the journal cannot be opened or read
-    ├── DeliveryError        something that waits for MLflow did not get its answer
-    └── ArtifactError        an artifact cannot be logged as asked
+SkilltraceError
+├── ConfigurationError   a setting or a decorator's option has a bad value
+├── JournalError         the journal cannot be opened or read
+├── DeliveryError        something that waits for MLflow did not get its answer
+└── ArtifactError        an artifact cannot be logged as asked
 """
 
 from __future__ import annotations

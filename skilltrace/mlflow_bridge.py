@@ -114,8 +114,8 @@ class Store:
                         f"--experiment-id {experiment.experiment_id}) or configure another"
                     )
                 created = experiment.experiment_id
-        self._experiments[target] = created
-        return created
+        self._experiments[target] = str(created)
+        return self._experiments[target]
 
     def find_run(self, experiment_id: str, key: str) -> str | None:
         """The id of the run that carries a key, or None."""

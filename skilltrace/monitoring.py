@@ -54,16 +54,12 @@ def setup_dspy_autologging(
         >>> setup_dspy_autologging(disable=True)
         False
     """
-    settings = config.configure(
-        experiment_name, tracking_uri=tracking_uri, autolog=not disable, enabled=not disable
-    )
+    settings = config.configure(experiment_name, tracking_uri=tracking_uri, autolog=not disable, enabled=not disable)
     if disable:
         autolog.disable()
         return False
     dspy_bridge.load()
-    return autolog.ensure(
-        settings, {"log_compiles": log_compiles, "log_evals": log_evals, "log_traces": log_traces}
-    )
+    return autolog.ensure(settings, {"log_compiles": log_compiles, "log_evals": log_evals, "log_traces": log_traces})
 
 
 class MLflowContext:

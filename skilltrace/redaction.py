@@ -106,9 +106,7 @@ class Redactor:
             try:
                 return self._function(name, value)
             except Exception as exception:
-                warn_once(
-                    "redact", "The redact function raised %r; the values it raises for are left out.", exception
-                )
+                warn_once("redact", "The redact function raised %r; the values it raises for are left out.", exception)
                 return MASK
         return value
 

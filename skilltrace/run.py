@@ -204,9 +204,7 @@ class Run:
         """
         self.log_metrics({key: value}, step, timestamp)
 
-    def log_metrics(
-        self, metrics: Mapping[str, float], step: int | None = None, timestamp: int | None = None
-    ) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None, timestamp: int | None = None) -> None:
         """Log several metric points of one step; see `log_metric`."""
         at = time.time_ns() // 1_000_000 if timestamp is None else int(timestamp)
         points = []
@@ -361,7 +359,9 @@ class Run:
             report("take the artifacts of a result")
         figures.update(usage.metrics(), duration=duration)
         if usage.by_model:
-            files.append(Artifact("lm_usage.json", json={name: _figures(part) for name, part in usage.by_model.items()}))
+            files.append(
+                Artifact("lm_usage.json", json={name: _figures(part) for name, part in usage.by_model.items()})
+            )
         models = self._meter.settings.get("lm.model")
         if models:
             key, text = capture.clean_tag("model", ",".join(models), self.settings.redactor)

@@ -69,9 +69,14 @@ def create_journal(spool: Path) -> tuple[Path, int]:
         return created
 
 
-def _create(spool: Path, name: str) -> tuple[Path, int]:
+def prepare(spool: Path) -> None:
+    """Have the folder there, ours and closed to others. Raises OSError where that cannot be."""
     spool.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_private(spool)
+
+
+def _create(spool: Path, name: str) -> tuple[Path, int]:
+    prepare(spool)
     # Under a hidden name until its lock is held: nobody may take it for a dead process's journal in between.
     hidden, folder = spool / f".{name}", spool / name
     hidden.mkdir(mode=0o700)

@@ -93,9 +93,7 @@ class Template:
             # The user's own __format__, __getitem__ or property may raise anything.
             reason = f"{type(exception).__name__} was raised"
         field = root + "".join(f".{step}" for step in path)
-        warn_once(
-            ("template", self.text, field), "{%s} in %r is recorded as 'unknown': %s.", field, self.text, reason
-        )
+        warn_once(("template", self.text, field), "{%s} in %r is recorded as 'unknown': %s.", field, self.text, reason)
         return UNKNOWN
 
 

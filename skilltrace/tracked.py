@@ -119,9 +119,7 @@ class _Call:
             parent=parent,
             settings=settings,
             # Parent and child stand in one experiment, also where configure was called in between.
-            target=settings.target_for(spec.experiment)
-            if spec.experiment or parent is None
-            else parent.target,
+            target=settings.target_for(spec.experiment) if spec.experiment or parent is None else parent.target,
             tags=tags,
             params=capture.params(arguments, first, spec.params, redactor),
         )
@@ -188,7 +186,7 @@ def _service(site: _Site, owner: Any, parent: Run | None) -> str | None:
 # --- functions and methods -------------------------------------------------------------------------------------------
 
 
-class _BoundFunction(wrapt.BoundFunctionWrapper):  # type: ignore[misc,type-arg]  # generic only in wrapt's stubs
+class _BoundFunction(wrapt.BoundFunctionWrapper):  # type: ignore[type-arg]  # generic only in wrapt's stubs
     """A decorated method, bound. Optimizers keep one in a module while they patch it, and then copy the module."""
 
     def __copy__(self) -> Any:
@@ -201,13 +199,14 @@ class _BoundFunction(wrapt.BoundFunctionWrapper):  # type: ignore[misc,type-arg]
         return getattr, (self._self_instance, self.__name__)
 
 
-class TrackedFunction(wrapt.FunctionWrapper):  # type: ignore[misc,type-arg]  # generic only in wrapt's stubs
+class TrackedFunction(wrapt.FunctionWrapper):  # type: ignore[type-arg]  # generic only in wrapt's stubs
     """A decorated function: in all respects that function, but for its calls.
 
     wrapt's own wrapper can be neither copied nor pickled; this one is found again by its name, as functions are.
     """
 
     __bound_function_wrapper__ = _BoundFunction
+    _self_spec: Spec
 
     def __copy__(self) -> Any:
         return self
@@ -395,9 +394,10 @@ async def _adrive(
 # A tracked module, or class of modules, only carries a mark (its specs); nothing of it is replaced by a proxy. So it
 # stays what it was for copying, pickling, saving, loading and optimizing. The hook on dspy.Module looks for the mark.
 
-_Inside = tuple[tuple[int, str], ...]
+_Inside = tuple[tuple[int, Any], ...]
 
-# The entry points of modules that are running in this context: one that delegates to another is still the same call.
+# The methods of modules that are running in this context, as (id of the module, method). One that another delegates to
+# (`__call__` to `forward`, an override to its base's) is still the same call; the same one again is a recursion.
 _inside: contextvars.ContextVar[_Inside] = contextvars.ContextVar("skilltrace_inside", default=())
 
 
@@ -446,23 +446,23 @@ def _hook_entry_points(cls: type) -> None:
         for name in _ENTRY_POINTS:
             method = owner.__dict__.get(name)
             if inspect.isfunction(method) and not hasattr(method, "skilltrace"):
-                setattr(owner, name, _hooked_method(method, name))
+                setattr(owner, name, _hooked_method(method))
 
 
-def _hooked_method(method: Any, name: str) -> Any:
+def _hooked_method(method: Any) -> Any:
     if inspect.iscoroutinefunction(method):
 
         @functools.wraps(method)
         async def hooked(self: Any, *args: Any, **kwargs: Any) -> Any:
             if _is_marked(self):
-                return await _acall_module(self, method, name, args, kwargs)
+                return await _acall_module(self, method, args, kwargs)
             return await method(self, *args, **kwargs)
 
     else:
 
         @functools.wraps(method)
         def hooked(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return _call_module(self, method, name, args, kwargs) if _is_marked(self) else method(self, *args, **kwargs)
+            return _call_module(self, method, args, kwargs) if _is_marked(self) else method(self, *args, **kwargs)
 
     hooked.skilltrace = True  # type: ignore[attr-defined]  # what says that it is hooked
     return hooked
@@ -472,7 +472,7 @@ def _hook_subclasses(cls: Any) -> None:
     """A subclass of a tracked class is tracked too, by the entry points that it overrides as well."""
     before = cls.__dict__.get("__init_subclass__")
 
-    def __init_subclass__(subclass: type, **kwargs: Any) -> None:  # noqa: N807  # Python's own hook
+    def __init_subclass__(subclass: type, /, **kwargs: Any) -> None:  # noqa: N807  # Python's own hook
         if before is not None:
             before.__get__(None, subclass)(**kwargs)
         else:
@@ -483,12 +483,12 @@ def _hook_subclasses(cls: Any) -> None:
 
 
 def _module_calls(
-    module: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: Any, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[_Call], _Inside]:
     """Open the runs of a module's call: none where another of its entry points has done so and delegates to this."""
     inside = _inside.get()
-    _inside.set((*inside, (id(module), name)))
-    delegated = inside and inside[-1][0] == id(module) and (id(module), name) not in inside
+    _inside.set((*inside, (id(module), method)))
+    delegated = inside and inside[-1][0] == id(module) and (id(module), method) not in inside
     if delegated:
         return [], inside
     opened = [_begin(_module_site(spec, type(module)), module, args, kwargs) for spec in _marks(module)]
@@ -514,8 +514,8 @@ def _end_module_calls(calls: list[_Call], exception: BaseException | None, resul
         call.end(exception, result)
 
 
-def _call_module(module: Any, method: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    calls, before = _module_calls(module, name, args, kwargs)
+def _call_module(module: Any, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    calls, before = _module_calls(module, method, args, kwargs)
     try:
         result = method(module, *args, **kwargs)
     except BaseException as exception:
@@ -527,8 +527,8 @@ def _call_module(module: Any, method: Any, name: str, args: tuple[Any, ...], kwa
     return result
 
 
-async def _acall_module(module: Any, method: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    calls, before = _module_calls(module, name, args, kwargs)
+async def _acall_module(module: Any, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    calls, before = _module_calls(module, method, args, kwargs)
     try:
         result = await method(module, *args, **kwargs)
     except BaseException as exception:
@@ -554,7 +554,8 @@ class Tracked:
 
     def __call__(self, decorated: F) -> F:
         """Decorate a function, a method, a class of DSPy modules, or one module."""
-        return _track(self._spec, decorated)
+        tracked: F = _track(self._spec, decorated)
+        return tracked
 
     def __enter__(self) -> Run:
         call = _begin(self._site, None, (), {})

@@ -227,7 +227,7 @@ class ModelServer:
         )
         self._thread.start()
 
-    def __enter__(self) -> ModelServer:
+    def __enter__(self) -> ModelServer:  # noqa: PYI034 - typing.Self is not in Python 3.10
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -405,13 +405,18 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
         self.wfile.write(b"data: [DONE]\n\n")
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+    def send_error(
+        self,
+        code: int,
+        message: str | None = None,
+        explain: str | None = None,  # noqa: ARG002 - the standard library's signature
+    ) -> None:
         """Send an error in OpenAI's shape; the standard library calls this too, for what is not even HTTP."""
         kind = "rate_limit_error" if code == 429 else "invalid_request_error" if code < 500 else "server_error"
         message = message or f"Unknown request URL: {self.command} {self._route()}"
         self._send(code, {"error": {"message": message, "type": kind, "param": None, "code": None}})
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the standard library's signature
         """Keep the terminal quiet."""
 
 
@@ -853,14 +858,11 @@ def _tags(brief: _Brief) -> list[str]:
 
 
 _PARAGRAPHS = (
-    "Start from the result and go back to what it needs. Write down in one sentence what this section settles; if that "
-    "sentence is hard to write, the scope is too large and should be split.",
-    "Keep it short. What a machine can check should be checked by a machine; what is left is judgement, and for that a "
-    "reader needs a reason more than a rule.",
+    "Start from the result and go back to what it needs. Write down in one sentence what this section settles.",
+    "Keep it short. What a machine can check should be checked by a machine; what is left is judgement, for people.",
     "Do one thing at a time and look at the outcome before going on. A step that cannot be looked at is two steps.",
     "Ask what would show that this is wrong, and look for that first. It costs minutes here and days later.",
-    "Write for a reader who has never seen it: name each file, each command and each person, and explain no more than "
-    "the next action needs.",
+    "Write for a reader who has never seen it: name each file, each command and each person, and no more than that.",
 )
 _CHECKS = (
     "Check: a second person who has only this section comes to the same result.",
@@ -894,7 +896,7 @@ def _review(brief: _Brief) -> tuple[float, list[str]]:
     checks = {
         "The front matter lacks a name or a description.": {"name", "description"} <= known and text.startswith("---"),
         f"It has {sections} sections; a skill of this kind needs four or more.": min(1.0, sections / 4),
-        f"It has {words} words; 600 would leave room for detail.": min(1.0, words / 600),
+        f"It has {words} words; 500 would leave room for detail.": min(1.0, words / 500),
         "It shows no example as code.": "```" in text,
         f"Not addressed: {'; '.join(open_ones)}.": 1 - len(open_ones) / len(requirements),
         "It has no links to further reading.": min(1.0, 0.5 + text.count("](") / 2),
@@ -927,7 +929,7 @@ _WRITERS: Mapping[str, Callable[[_Brief], Any]] = {
     "description": _description,
     "summary": _description,
     "tags": _tags,
-    "version": lambda brief: "1.0.0",
+    "version": lambda _: "1.0.0",
     "issues": lambda brief: _review(brief)[1],
     "score": lambda brief: _review(brief)[0],
     "quality_score": lambda brief: _review(brief)[0],
