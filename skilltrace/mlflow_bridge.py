@@ -15,8 +15,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from skilltrace.errors import DeliveryError
 from skilltrace.faults import logger, warn_once
 from skilltrace.redaction import without_credentials
+from skilltrace.tree import Node
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -165,6 +167,41 @@ class Store:
             self._client._tracking_client.store.update_run_info(
                 run_id, RunStatus.from_string(status), end_ms, run_name=None
             )
+
+
+def read_job(target: Target, job_id: str) -> Node:
+    """A job and the runs inside it, as MLflow has them.
+
+    Raises:
+        DeliveryError: where MLflow cannot be asked, or does not know the job.
+    """
+    try:
+        store = Store(target.uri)
+        with _errors_sorted(), _bounded():
+            query = f"tags.job_id = '{job_id}' and tags.`{KIND_TAG}` = 'job'"
+            runs = store._client.search_runs([store.experiment_id(target)], query, max_results=1)
+            if runs:
+                return _node(store._client, runs[0])
+    except (Unavailable, Refused) as error:
+        raise DeliveryError(f"{target.uri} cannot be asked for the job {job_id!r}: {error}") from error
+    raise DeliveryError(f"{target.uri} does not know a job {job_id!r}")
+
+
+def _node(client: MlflowClient, run: Any) -> Node:
+    children = client.search_runs(
+        [run.info.experiment_id], f"tags.`{PARENT_TAG}` = '{run.info.run_id}'", order_by=["attributes.start_time ASC"]
+    )
+    ended = run.info.end_time
+    return Node(
+        run_id=run.info.run_id,
+        experiment_id=run.info.experiment_id,
+        name=run.info.run_name,
+        status=run.info.status,
+        seconds=(ended - run.info.start_time) / 1000 if ended else None,
+        metrics=dict(run.data.metrics),
+        tags=dict(run.data.tags),
+        children=[_node(client, child) for child in children],
+    )
 
 
 # --- credentials: a journal has none, so a process keeps those that it was configured with --------------------------

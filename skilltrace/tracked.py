@@ -206,7 +206,6 @@ class TrackedFunction(wrapt.FunctionWrapper):  # type: ignore[type-arg]  # gener
     """
 
     __bound_function_wrapper__ = _BoundFunction
-    _self_spec: Spec
 
     def __copy__(self) -> Any:
         return self
@@ -218,8 +217,14 @@ class TrackedFunction(wrapt.FunctionWrapper):  # type: ignore[type-arg]  # gener
         return self.__qualname__
 
 
+def _spec_of(function: Any) -> Spec:
+    # No annotation of the class above declares it: that would stand in the `__annotations__` of each wrapped function.
+    spec: Spec = function._self_spec
+    return spec
+
+
 def _track_function(spec: Spec, function: Any) -> Any:
-    if isinstance(function, TrackedFunction) and function._self_spec.same_run(spec):
+    if isinstance(function, TrackedFunction) and _spec_of(function).same_run(spec):
         function = function.__wrapped__  # decorated twice: one run, with the outer options
     # Through staticmethod and classmethod, not through `__wrapped__`: a decorator may have made an async function sync.
     plain = getattr(function, "__func__", function)
@@ -229,7 +234,7 @@ def _track_function(spec: Spec, function: Any) -> Any:
     owner = getattr(plain, "__qualname__", name).rpartition(".")[0].rpartition(".")[2]
     service = owner if owner and owner != "<locals>" else getattr(plain, "__module__", None)
     site = _Site(spec, "function" if name == "<lambda>" else name, service, capture.Binder(plain))
-    tracked = TrackedFunction(function, _wrapper_for(site, plain))
+    tracked: Any = TrackedFunction(function, _wrapper_for(site, plain))
     tracked._self_spec = spec
     return tracked
 
@@ -404,7 +409,7 @@ _inside: contextvars.ContextVar[_Inside] = contextvars.ContextVar("skilltrace_in
 def _track_class(spec: Spec, cls: Any) -> Any:
     for name in _ENTRY_POINTS:
         method = cls.__dict__.get(name)
-        if isinstance(method, TrackedFunction) and method._self_spec.same_run(spec):
+        if isinstance(method, TrackedFunction) and _spec_of(method).same_run(spec):
             setattr(cls, name, method.__wrapped__)  # decorated twice: one run
     setattr(cls, _MARK, (*(mark for mark in cls.__dict__.get(_MARK, ()) if not mark.same_run(spec)), spec))
     _hook_entry_points(cls)

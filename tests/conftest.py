@@ -56,6 +56,23 @@ def clean_process(tmp_path, monkeypatch):
     assert skilltrace.current_run() is None
 
 
+_order = {}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def remember_order():
+    """Note the order in which runs are opened: MLflow's start times are milliseconds, and many runs share one."""
+    original = skilltrace.Run.__init__
+
+    def opened(run, *args, **kwargs):
+        original(run, *args, **kwargs)
+        _order[run.key] = len(_order)
+
+    skilltrace.Run.__init__ = opened
+    yield
+    skilltrace.Run.__init__ = original
+
+
 class Tracking:
     """A real MLflow store and one experiment in it, as a test reads it."""
 
@@ -82,7 +99,7 @@ class Tracking:
         if flush:
             assert skilltrace.flush(60), skilltrace.status()
         found = self.client.search_runs([self.experiment_id], order_by=["attributes.start_time ASC"], max_results=5000)
-        return list(found)
+        return sorted(found, key=lambda run: _order.get(run.data.tags["skilltrace.key"], run.info.start_time))
 
     def run(self, name=None):
         """The only run, or the only one of a name."""
