@@ -6,10 +6,14 @@ out by field; any other value is one file. Types that skilltrace does not know a
     @skilltrace.artifact.register(Molecule, suffix=".svg")
     def draw(molecule: Molecule) -> str:
         return molecule.to_svg()
+
+A result is the user's, and may be anything: huge, cyclic, lazy, or with methods that raise. So what to do with a value
+is decided by its type alone, and each place that runs the user's code is guarded.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import datetime
 import decimal
@@ -23,12 +27,14 @@ import re
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, ValuesView
+from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from skilltrace.errors import ArtifactError, ConfigurationError
 from skilltrace.faults import warn_once
 from skilltrace.records import Artifact
+from skilltrace.redaction import MASK
 from skilltrace.template import follow, found, parse_path
 
 if TYPE_CHECKING:
@@ -39,25 +45,29 @@ T = TypeVar("T")
 LONG_TEXT = 250
 """From this many characters on (or with a line break) a text field is a file of its own, not a value in result.json."""
 
+OWN_FILES = frozenset({"lm_usage.json", "error.txt"})
+"""What skilltrace itself writes at the end of a run: a field of that name gets another file."""
+
+_DOCUMENTS = frozenset({"skill_content"})  # fields that are a file of their own however short they are
 _MAX_DEPTH = 50
-_MAX_SECONDS = 2.0
-_MAX_ROWS = 100_000
+_MAX_SECONDS = 2.0  # for one value's tree, or for reading one lazy mapping or sequence
+_MAX_SECONDS_ALL = 10.0  # for all files of a result
+_MAX_FILES = 100
+_MAX_FIELDS = 100_000
+_MAX_CELLS = 500_000
+_MARGIN = 4096  # characters behind a cut that are looked at too: a credential may stand across it
 
-
-class _Serializer(NamedTuple):
-    function: Callable[[Any], Any]
-    suffix: str | None
-
-
-_registered: dict[type, _Serializer] = {}
-_by_type: weakref.WeakKeyDictionary[type, _Serializer | None] = weakref.WeakKeyDictionary()
+_CUT = "cut by skilltrace"
+_OVER_SIZE = f"[{_CUT}: see max_artifact_bytes]"
+_OVER_TIME = f"[{_CUT}: it took over {_MAX_SECONDS:.0f} s]"
+_OVER_DEPTH = f"[{_CUT}: deeper than {_MAX_DEPTH} levels]"
 
 
 def register(type_: type[T], *, suffix: str | None = None) -> Callable[[Callable[[T], Any]], Callable[[T], Any]]:
     """Teach skilltrace to record values of a type (and of its subclasses).
 
     Args:
-        type_: The type.
+        type_: The type. `object` stands for all that skilltrace knows nothing better for.
         suffix: The file's suffix, `".svg"` for example. Default: by what the function returns.
 
     Returns:
@@ -76,11 +86,14 @@ def register(type_: type[T], *, suffix: str | None = None) -> Callable[[Callable
     """
     if not isinstance(type_, type):
         raise ConfigurationError(f"register takes a class, not {type_!r}: @skilltrace.artifact.register(MyType)")
+    if type_ in (str, int, float, bool, type(None)):
+        raise ConfigurationError(f"register takes a class of your own; a {type_.__name__} is recorded as it is")
     if suffix is not None and not re.fullmatch(r"\.\w+(\.\w+)*", suffix):
         raise ConfigurationError(f"suffix={suffix!r} is not a file suffix such as '.svg'")
 
     def decorator(function: Callable[[T], Any]) -> Callable[[T], Any]:
-        _registered[type_] = _Serializer(function, suffix)
+        _registered[type_] = _Reader(_Role.FILE, lambda value, _: function(value), suffix)
+        _exact.pop(type_, None)
         _by_type.clear()
         return function
 
@@ -94,6 +107,7 @@ def of_result(
     name: str,
     redactor: Redactor,
     max_bytes: int,
+    taken: Iterable[str] = OWN_FILES,
 ) -> list[Artifact]:
     """The artifacts of a returned value.
 
@@ -105,10 +119,11 @@ def of_result(
         name: The file name, without suffix, of a value that has no fields.
         redactor: What keeps secrets out.
         max_bytes: A file's largest size, in bytes; what is cut says so in the file.
+        taken: Paths that the run uses for other things.
     """
     if option is False or result is None:
         return []
-    layout = _Layout(redactor, max_bytes)
+    layout = _Layout(redactor, max_bytes, taken)
     if option is True:
         layout.add_result(result, name)
     elif isinstance(option, str):
@@ -120,17 +135,21 @@ def of_result(
             except Exception as exception:
                 warn_once(("artifact", path, type(exception)), "The artifact %r is not recorded: %r.", path, exception)
                 continue
-            if found(part):
-                layout.add_at(path, part)
-            else:
+            if not found(part):
                 warn_once(("artifact", path), "The artifact %r is not recorded: the result has no %r.", path, pick)
+            elif part is not None:
+                layout.add_at(path, part)
     return layout.artifacts
 
 
 def of_value(path: str, value: Any, *, redactor: Redactor, max_bytes: int) -> Artifact:
-    """One value as the file `path`, as `log_text` and `log_dict` write it."""
-    layout = _Layout(redactor, max_bytes)
-    layout.add_at(path, value)
+    """One value as the file `path`, as `log_text` and `log_dict` write it.
+
+    Raises:
+        ArtifactError: where the path is none.
+    """
+    layout = _Layout(redactor, max_bytes, ())
+    layout.add_at(safe_path(path), value)
     return layout.artifacts[0]
 
 
@@ -138,134 +157,406 @@ def safe_path(path: str | os.PathLike[str]) -> str:
     """The path of an artifact, checked.
 
     Raises:
-        ArtifactError: where it is empty, absolute, or leaves the run's folder.
+        ArtifactError: where it is empty, absolute, leaves the run's folder, or no store could hold it.
     """
-    text = os.fspath(path).replace("\\", "/")
-    parts = [part for part in text.split("/") if part not in ("", ".")]
-    if not parts or ".." in parts or text.startswith("/") or re.match(r"[A-Za-z]:", text) or "\0" in text:
+    text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    if not isinstance(text, str):
+        raise ArtifactError(f"an artifact's path must be text, like 'reports/a.json', not {path!r}")
+    parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".")]
+    if not parts or ".." in parts or text[0] in "/\\" or re.match(r"[A-Za-z]:", text):
         raise ArtifactError(
             f"{text!r} is no artifact path: it must be relative and stay inside the run, like 'reports/a.json'"
+        )
+    # A server takes # and ? for parts of a URL and % for an escape; a surrogate is half of a character.
+    if re.search(r"[\0-\x1f\x7f#?%\ud800-\udfff]", text) or any(len(part.encode()) > 200 for part in parts):
+        raise ArtifactError(
+            f"{text!r:.300} is no artifact path: '#', '?', '%', control characters and names over 200 bytes do not "
+            "pass all of MLflow's stores"
         )
     return "/".join(parts)
 
 
 def file_name(name: str) -> str:
     """A name as one file name that every store takes."""
-    return re.sub(r"[^\w\-. ]", "_", name).strip(". ")[:120] or "value"
+    # Stores count bytes, and have room for 255.
+    cut = re.sub(r"[^\w\-. ]", "_", name[:200]).encode()[:120].decode("utf-8", "ignore")
+    return cut.strip(". ") or "value"
+
+
+# --- what is to be done with a value, by its type --------------------------------------------------------------------
+
+
+class _Role(enum.Enum):
+    TEXT = "text"
+    SCALAR = "scalar"  # None, or a boolean or a number of Python's own
+    BYTES = "bytes"
+    FIELDS = "fields"  # mapping-like: read as pairs
+    ITEMS = "items"
+    AS = "as"  # stands for another value, as which it is read
+    FILE = "file"  # has a serializer
+    UNKNOWN = "unknown"
+
+
+class _Reader(NamedTuple):
+    """How the values of a type are read: the function may run the user's code, and so may raise."""
+
+    role: _Role
+    read: Callable[[Any, Redactor], Any]
+    suffix: str | None = None
+
+
+def _as(read: Callable[[Any], Any]) -> _Reader:
+    return _Reader(_Role.AS, lambda value, _: read(value))
+
+
+def _fields(read: Callable[[Any], Iterable[tuple[Any, Any]]]) -> _Reader:
+    return _Reader(_Role.FIELDS, lambda value, _: read(value))
+
+
+def _items(read: Callable[[Any], Iterable[Any]]) -> _Reader:
+    return _Reader(_Role.ITEMS, lambda value, _: read(value))
+
+
+def _same(value: Any, _: Any = None) -> Any:
+    return value
+
+
+_UNKNOWN = _Reader(_Role.UNKNOWN, _same)
+_TEXT = _Reader(_Role.TEXT, _same)
+_DICT = _fields(lambda value: dict(value).items())  # a copy: another thread may change it meanwhile
+_LIST = _items(_same)
+_SET = _items(lambda value: _sorted(value))
+_BYTES = _Reader(_Role.BYTES, lambda value, _: bytes(value))
+
+_registered: dict[type, _Reader] = {}
+_by_type: weakref.WeakKeyDictionary[type, _Reader] = weakref.WeakKeyDictionary()
+_exact: dict[type, _Reader] = {
+    **dict.fromkeys((type(None), bool, int, float), _Reader(_Role.SCALAR, _same)),
+    **dict.fromkeys((list, tuple), _LIST),
+    **dict.fromkeys((bytes, bytearray, memoryview), _BYTES),
+    **dict.fromkeys((set, frozenset), _SET),
+    str: _TEXT,
+    dict: _DICT,
+}
+
+
+def _reader_of(kind: type) -> _Reader:
+    try:
+        reader = _exact.get(kind) or _by_type.get(kind)
+        if reader is None:
+            reader = _by_type[kind] = _serializer_of(kind) or _own_reader(kind)
+        return reader
+    except Exception:
+        return _UNKNOWN  # a metaclass that raises
+
+
+def _serializer_of(kind: type) -> _Reader | None:
+    for base in kind.__mro__[:-1]:
+        reader = _registered.get(base) or _FOREIGN.get((base.__module__.partition(".")[0], base.__name__))
+        if reader is not None:
+            return reader
+    return None
+
+
+def _own_reader(kind: type) -> _Reader:
+    """How a type is read that has no serializer. Attributes are looked up on the type, never on the value."""
+    for base, reader in _BASES:
+        if issubclass(kind, base):
+            return reader
+    if dataclasses.is_dataclass(kind):
+        return _attributes([field.name for field in dataclasses.fields(kind)])
+    names = getattr(kind, "_fields", None)
+    if issubclass(kind, tuple):
+        return _fields(lambda value: list(zip(names, value, strict=False))) if isinstance(names, tuple) else _LIST
+    if getattr(kind, "__pydantic_root_model__", False):
+        return _as(lambda value: value.root)
+    names = getattr(kind, "model_fields", None)
+    if isinstance(names, dict):  # pydantic
+        computed = getattr(getattr(kind, "__pydantic_decorators__", None), "computed_fields", ())
+        return _attributes([*names, *computed], extra="model_extra")
+    names = getattr(kind, "__attrs_attrs__", None)
+    if names is not None:
+        return _attributes([field.name for field in names])
+    names = getattr(kind, "__struct_fields__", None)  # msgspec
+    if names is not None:
+        return _attributes(list(names))
+    if hasattr(kind, "__next__") or hasattr(kind, "__anext__") or hasattr(kind, "__await__"):
+        return _registered.get(object, _UNKNOWN)  # reading it would use it up
+    if callable(getattr(kind, "toDict", None)) and callable(getattr(kind, "items", None)):
+        return _fields(lambda value: list(value.items()))  # dspy.Prediction and dspy.Example
+    if callable(getattr(kind, "to_dict", None)):
+        return _fields(_to_dict)
+    if issubclass(kind, Mapping):
+        return _fields(lambda value: _in_time(((key, value[key]) for key in value), (f"[{_CUT}]", _OVER_TIME)))
+    if issubclass(kind, (Sequence, Set, ValuesView)):
+        return _items(lambda value: _in_time(iter(value), _OVER_TIME))
+    if kind.__module__.partition(".")[0] == "numpy" and hasattr(kind, "tolist"):
+        return _as(_numpy)
+    return _registered.get(object, _UNKNOWN)
+
+
+def _attributes(names: Sequence[str], extra: str | None = None) -> _Reader:
+    def read(value: Any) -> Iterable[tuple[str, Any]]:
+        fields = [(name, _attribute(value, name)) for name in names]
+        more = getattr(value, extra, None) if extra else None
+        return [*fields, *more.items()] if more else fields
+
+    return _fields(read)
+
+
+def _attribute(value: Any, name: str) -> Any:
+    try:
+        return getattr(value, name)
+    except Exception as exception:
+        return _unreadable(type(value), exception, f".{name}")
+
+
+def _to_dict(value: Any) -> Iterable[tuple[Any, Any]]:
+    fields = value.to_dict()
+    if not isinstance(fields, Mapping):
+        raise TypeError("to_dict did not return a mapping")
+    return dict(fields).items()
+
+
+def _in_time(items: Iterator[T], cut: T) -> Iterator[T]:
+    """What a lazy collection holds, as far as it can be read in the time; its end then says that it was cut."""
+    deadline = time.monotonic() + _MAX_SECONDS
+    for item in items:
+        yield item
+        if time.monotonic() > deadline:
+            yield cut
+            return
+
+
+def _sorted(values: set[Any]) -> list[Any]:
+    try:
+        return sorted(values)
+    except Exception:
+        return list(values)
+
+
+def _numpy(value: Any) -> Any:
+    if getattr(value, "size", 0) <= _MAX_CELLS:
+        return value.tolist()
+    return [*value.ravel()[:_MAX_CELLS].tolist(), f"[{_CUT}: {_MAX_CELLS:,} of {value.size:,} elements]"]
+
+
+def _big(value: int) -> int | str:
+    # Beyond 64 bits most readers of JSON lose digits; Python itself does not print an integer of thousands of digits.
+    if -(2**63) <= value < 2**63:
+        return value
+    return str(value) if value.bit_length() < 10_000 else hex(value)
+
+
+# The first that fits counts. The plain value of a subclass is taken by the base's own method: the subclass's may lie.
+_BASES: tuple[tuple[Any, _Reader], ...] = (
+    (enum.Enum, _as(lambda value: value.value if isinstance(value.value, (str, int, float)) else value.name)),
+    (str, _as(str.__str__)),
+    (int, _as(int.__int__)),
+    (float, _as(float.__float__)),
+    ((bytes, bytearray), _BYTES),
+    (dict, _DICT),
+    (list, _LIST),
+    ((set, frozenset), _SET),
+    ((pathlib.PurePath, uuid.UUID, decimal.Decimal, complex, collections.UserString), _as(str)),
+    ((datetime.date, datetime.time), _as(lambda value: value.isoformat())),
+    (datetime.timedelta, _as(lambda value: value.total_seconds())),
+    (numbers.Integral, _as(int)),
+    (numbers.Real, _as(float)),
+    (BaseException, _Reader(_Role.AS, lambda value, redactor: redactor.printed(f"{type(value).__name__}: {value}"))),
+    (type, _as(lambda value: f"{value.__module__}.{value.__qualname__}")),
+)
+
+
+def fields_of(value: Any, redactor: Redactor) -> Iterable[tuple[Any, Any]] | None:
+    """The fields of a mapping-like value as pairs, or None where it has none. Reading them may raise anything."""
+    reader = _reader_of(type(value))
+    return reader.read(value, redactor) if reader.role is _Role.FIELDS else None
+
+
+def _key_text(key: Any, redactor: Redactor) -> str:
+    """A mapping's key as text."""
+    try:
+        key = _settled(key, redactor)[1]
+        return key if type(key) is str else str(_big(key) if type(key) is int else key)
+    except Exception:
+        return _safe_repr(key, redactor)
+
+
+def _settled(value: Any, redactor: Redactor) -> tuple[_Reader, Any]:
+    """A value, or what it stands for, with how it is read."""
+    reader = _reader_of(type(value))
+    for _ in range(10):
+        if reader.role is not _Role.AS:
+            break
+        value = reader.read(value, redactor)
+        reader = _reader_of(type(value))
+    return reader, value
+
+
+# --- what is said of values that cannot be recorded as they are ------------------------------------------------------
+
+
+def _unreadable(kind: type, exception: Exception, where: str = "") -> str:
+    name = f"{_name_of(kind)}{where}"
+    warn_once(
+        ("unreadable", name),
+        "A value of %s could not be read: %s was raised. It is recorded as a note, or by its repr.",
+        name,
+        type(exception).__name__,
+    )
+    return f"[unreadable {name}: {type(exception).__name__}]"
+
+
+def _repr_of_unknown(value: Any, redactor: Redactor) -> str:
+    name, module = _name_of(type(value)), _module_of(type(value))
+    warn_once(
+        ("unknown type", module, name),
+        "A value of %s.%s is recorded by its repr; @skilltrace.artifact.register(%s) teaches skilltrace to do better.",
+        module,
+        name,
+        name,
+    )
+    return _safe_repr(value, redactor)
+
+
+def _safe_repr(value: Any, redactor: Redactor) -> str:
+    try:
+        return redactor.printed(str.__str__(repr(value)))
+    except Exception as exception:
+        return f"<{_name_of(type(value))} whose repr raised {type(exception).__name__}>"
+
+
+# By `type`'s own descriptors: a metaclass may have others.
+
+
+def _name_of(kind: type) -> str:
+    return str(type.__dict__["__qualname__"].__get__(kind))
+
+
+def _module_of(kind: type) -> str:
+    return str(type.__dict__["__module__"].__get__(kind))
+
+
+# --- the files of a result -------------------------------------------------------------------------------------------
 
 
 class _Layout:
     """Collects the files of one result; no two get the same path."""
 
-    def __init__(self, redactor: Redactor, max_bytes: int) -> None:
+    def __init__(self, redactor: Redactor, max_bytes: int, taken: Iterable[str]) -> None:
         self.artifacts: list[Artifact] = []
         self._redactor = redactor
         self._max_bytes = max_bytes
-        self._taken: set[str] = set()
+        self._taken = {path.casefold() for path in taken}
+        self._deadline = time.monotonic() + _MAX_SECONDS_ALL
 
     def add_result(self, result: Any, name: str) -> None:
-        known = _serializer_of(result)
-        try:
-            fields = None if known else fields_of(result)
-        except Exception as exception:
-            # The user's own property or mapping raises: its repr is all that there is.
-            warn_once(
-                ("fields", type(result), type(exception)),
-                "The fields of %s could not be read: %s was raised. Its repr is recorded instead.",
-                type(result).__qualname__,
-                type(exception).__name__,
-            )
-            self._put(path := f"{file_name(name)}.txt", self._text(path, _safe_repr(result)))
-            return
-        if fields is None:
-            self._add(file_name(name), result, known)
-            return
-        scalars: dict[str, Any] = {}
+        """By field where it has fields, else as one file."""
+        redactor = self._redactor
+        scalars: dict[Any, Any] = {}
         files: list[tuple[str, Any]] = []
-        for field, value in fields.items():
-            text = field if isinstance(field, str) else _safe_repr(field)
-            if self._redactor.secret(text) or _is_scalar(value):
-                scalars[text] = value
-            else:
-                files.append((text, value))
+        try:
+            fields = fields_of(result, redactor)
+            if fields is None:
+                self._add(name, redactor.value(name, result))
+                return
+            for field, value in islice(fields, _MAX_FIELDS):
+                text = field if type(field) is str else _key_text(field, redactor)
+                if redactor.secret(text) or self._is_small(text, value) or len(files) >= _MAX_FILES:
+                    scalars[field] = value
+                else:
+                    files.append((text, value))
+        except Exception as exception:
+            _unreadable(type(result), exception)
+            self._put_text(f"{file_name(name)}.txt", _safe_repr(result, redactor))
+            return
         if scalars:
-            self._put("result.json", Artifact("result.json", json=self._tree(scalars)))
+            self._put(Artifact("result.json", json=self._tree(scalars)))
         for field, value in files:
-            self._add(file_name(field), self._redactor.value(field, value), _serializer_of(value))
+            self._add(field, redactor.value(field, value))
+        if len(files) >= _MAX_FILES:
+            warn_once(("files", name), "The result of %r has more than %d fields that are files of their own; the rest "
+                      "is in result.json.", name, _MAX_FILES)  # fmt: skip
+
+    def _is_small(self, field: str, value: Any) -> bool:
+        """Whether a field belongs into result.json."""
+        if type(value) is not str:
+            role = _reader_of(type(value)).role
+            if role is not _Role.AS:
+                return role is _Role.SCALAR
+            try:
+                reader, value = _settled(value, self._redactor)
+            except Exception:
+                return True  # a note will stand there
+            if reader.role is not _Role.TEXT:
+                return reader.role is _Role.SCALAR
+        return len(value) < LONG_TEXT and "\n" not in value and field not in _DOCUMENTS
 
     def add_at(self, path: str, value: Any) -> None:
         """The whole value as one file at a path that the user chose."""
-        path = safe_path(path)
-        known = _serializer_of(value)
-        content = self._run(known, value)[0] if known else value
-        if isinstance(content, str):
-            self._put(path, self._text(path, content))
-        elif isinstance(content, (bytes, bytearray, memoryview)):
-            self._put(path, self._data(path, bytes(content)))
-        else:
-            self._put(path, Artifact(path, json=self._tree(content)))
+        name = path.rpartition("/")[2].partition(".")[0] or path
+        self._add(name, self._redactor.value(name, value), path)
 
-    def _add(self, stem: str, value: Any, known: _Serializer | None) -> None:
-        content, suffix = self._run(known, value) if known else (value, None)
-        if isinstance(content, str):
-            path = stem + (suffix or ".md")
-            self._put(path, self._text(path, content))
-        elif isinstance(content, (bytes, bytearray, memoryview)):
-            path = stem + (suffix or ".bin")
-            self._put(path, self._data(path, bytes(content)))
-        elif known or _is_scalar(content) or _is_nested(content):
-            path = stem + (suffix or ".json")
-            self._put(path, Artifact(path, json=self._tree(content)))
-        else:
-            path = stem + ".txt"
-            self._put(path, self._text(path, _repr_of_unknown(content)))
-
-    def _run(self, serializer: _Serializer, value: Any) -> tuple[Any, str | None]:
+    def _add(self, name: str, value: Any, path: str | None = None) -> None:
+        """One value as one file, whose path is made from the name where it is not given."""
+        stem, kind, redactor = file_name(name), type(value), self._redactor
+        if time.monotonic() > self._deadline:
+            self._put_text(path or f"{stem}.txt", f"[{_CUT}: the result took over {_MAX_SECONDS_ALL:.0f} s]")
+            return
         try:
-            content = serializer.function(value)
+            reader, value = _settled(value, redactor)
+            content, suffix = reader.read(value, redactor) if reader.role is _Role.FILE else value, reader.suffix
+            if reader.role is _Role.BYTES or isinstance(content, (bytes, bytearray, memoryview)):
+                self._put_data(path or stem + (suffix or ".bin"), bytes(content))
+                return
         except Exception as exception:
-            warn_once(
-                ("serializer", type(value), type(exception)),
-                "The serializer of %s raised %r; its repr is recorded instead.",
-                type(value).__qualname__,
-                exception,
-            )
-            return _safe_repr(value), ".txt"
-        return content, serializer.suffix
+            _unreadable(kind, exception)
+            self._put_text(path or f"{stem}.txt", _safe_repr(value, redactor))
+            return
+        if isinstance(content, str):
+            self._put_text(path or stem + (suffix or ".md"), str.__str__(content))
+        elif reader.role is _Role.UNKNOWN and not (path or "").endswith((".json", ".yaml", ".yml")):
+            self._put_text(path or f"{stem}.txt", _repr_of_unknown(content, redactor))
+        else:
+            self._put(Artifact(path or stem + (suffix or ".json"), json=self._tree(content, reader)))
 
-    def _put(self, path: str, artifact: Artifact) -> None:
-        stem, dot, suffix = path.rpartition(".") if "." in path.rpartition("/")[2] else (path, "", "")
-        number, free = 2, path
-        while free in self._taken:
-            free, number = f"{stem}_{number}{dot}{suffix}", number + 1
-        self._taken.add(free)
-        self.artifacts.append(
-            artifact
-            if free == artifact.path
-            else Artifact(free, artifact.text, artifact.json, artifact.data, artifact.blob)
-        )
+    def _tree(self, value: Any, reader: _Reader | None = None) -> Any:
+        serialized_by = reader if reader is not None and reader.role is _Role.FILE else None
+        return JsonTree(self._redactor, self._max_bytes).of(value, serialized_by)
 
-    def _text(self, path: str, text: str) -> Artifact:
-        text = self._redactor.value(path.rpartition("/")[2].rpartition(".")[0] or path, text)
-        if not isinstance(text, str):
-            text = _safe_repr(text)
+    def _put_text(self, path: str, text: str) -> None:
         size, limit = len(text), self._max_bytes
         # A character is one to four bytes: count them only where it can matter.
         if size * 4 > limit and (size > limit or len(text.encode("utf-8", "replace")) > limit):
-            kept = text.encode("utf-8", "replace")[:limit].decode("utf-8", "ignore")
-            text = f"{kept}\n[cut by skilltrace: {len(kept):,} of {size:,} characters; see max_artifact_bytes]\n"
-        return Artifact(path, text=self._redactor.text(text))
+            text = self._redactor.text(text[: limit + _MARGIN])
+            kept = text.encode("utf-8", "replace")[: limit - 120].decode("utf-8", "ignore")
+            text = f"{kept}\n[{_CUT}: {len(kept):,} of {size:,} characters; see max_artifact_bytes]\n"
+        else:
+            text = self._redactor.text(text)
+        self._put(Artifact(path, text=text))
 
-    def _data(self, path: str, data: bytes) -> Artifact:
+    def _put_data(self, path: str, data: bytes) -> None:
         if len(data) > self._max_bytes:
-            return self._text(
-                f"{path}.txt",
-                f"[left out by skilltrace: {len(data):,} bytes are over max_artifact_bytes={self._max_bytes:,}]",
-            )
-        return Artifact(path, data=data)
+            note = f"[{_CUT}: {len(data):,} bytes are over max_artifact_bytes={self._max_bytes:,}]\n"
+            self._put(Artifact(f"{path}.txt", text=note))
+        else:
+            self._put(Artifact(path, data=data))
 
-    def _tree(self, value: Any) -> Any:
-        return JsonTree(self._redactor, self._max_bytes).of(value)
+    def _put(self, artifact: Artifact) -> None:
+        folder, slash, file = artifact.path.rpartition("/")
+        stem, suffix = os.path.splitext(file)
+        number, path = 2, artifact.path
+        # Without regard to case: some stores have none.
+        while path.casefold() in self._taken:
+            path, number = f"{folder}{slash}{stem}_{number}{suffix}", number + 1
+        self._taken.add(path.casefold())
+        if path != artifact.path:
+            artifact = Artifact(path, artifact.text, artifact.json, artifact.data)
+        self.artifacts.append(artifact)
+
+
+# --- a value as JSON -------------------------------------------------------------------------------------------------
 
 
 class JsonTree:
@@ -274,280 +565,194 @@ class JsonTree:
     Args:
         redactor: What keeps secrets out.
         max_bytes: How large the tree may become, in bytes of JSON (about).
+
+    Example:
+        >>> from skilltrace.redaction import Redactor
+        >>> JsonTree(Redactor(), 1 << 20).of({"seen": {3, 1}, "password": "hunter2"})
+        {'seen': [1, 3], 'password': '[redacted]'}
     """
 
     def __init__(self, redactor: Redactor, max_bytes: int) -> None:
         self._redactor = redactor
         self._left = max_bytes
-        self._open: set[int] = set()
-        self._nodes = 0
+        self._look = max(0, max_bytes - (1 << 16))  # the clock is looked at each time that 64 KiB more are written
         self._deadline = time.monotonic() + _MAX_SECONDS
-        self._late = False
+        self._open: set[int] = set()
+        self._texts: list[str] = []
 
-    def of(self, value: Any, depth: int = 0) -> Any:
-        """The value as None, bool, int, float, str, list or dict. Never raises."""
-        self._nodes += 1
-        self._left -= 8
-        if value is None or value is True or value is False:
-            return value
+    def of(self, value: Any, serialized_by: _Reader | None = None) -> Any:
+        """The value as None, bool, int, float, str, list or dict. Never raises.
+
+        Args:
+            value: The value.
+            serialized_by: The serializer whose content the value is; it is not asked again.
+        """
+        tree = self._of(value, 0, serialized_by)
+        # Most results hold no credential: all of their texts are looked through at once.
+        return self._masked(tree) if self._redactor.suspects("\n".join(self._texts)) else tree
+
+    def _of(self, value: Any, depth: int, serialized_by: _Reader | None = None) -> Any:
         kind = type(value)
         if kind is str:
             return self._text(value)
-        if kind is int:
-            # Beyond 64 bits most readers of JSON lose digits.
-            return value if -(2**63) <= value < 2**63 else str(value)
+        self._left -= 8
+        if value is None or kind is bool:
+            return value
         if kind is float:
             return value if math.isfinite(value) else str(value)
-        if self._left < 0:
-            return "[cut by skilltrace: see max_artifact_bytes]"
-        if not self._nodes % 256 and time.monotonic() > self._deadline:
-            self._late = True
-        if self._late:
-            return f"[cut by skilltrace: serialising took over {_MAX_SECONDS} s]"
+        if kind is int:
+            return _big(value)
+        if (self._left < self._look or (kind is not dict and kind is not list)) and (stop := self._stop()):
+            return stop
         if depth > _MAX_DEPTH:
-            return f"[cut by skilltrace: deeper than {_MAX_DEPTH} levels]"
+            return _OVER_DEPTH
         if id(value) in self._open:
-            return f"[cycle: {kind.__qualname__}]"
+            return f"[cycle: {_name_of(kind)}]"
         self._open.add(id(value))
         try:
-            return self._compound(value, depth + 1)
+            reader = _reader_of(kind)
+            return self._read(_own_reader(kind) if reader is serialized_by else reader, value, depth + 1)
         except Exception as exception:
-            # The user's own __iter__, to_dict or property: say so where the value would stand.
-            warn_once(
-                ("json", kind, type(exception)),
-                "A value of %s could not be read: %s was raised. It is recorded as a note.",
-                kind.__qualname__,
-                type(exception).__name__,
-            )
-            return f"[unreadable {kind.__qualname__}: {type(exception).__name__}]"
+            return _unreadable(kind, exception)
         finally:
             self._open.discard(id(value))
 
-    def _compound(self, value: Any, depth: int) -> Any:
-        known = _serializer_of(value)
-        if known is not None:
-            content = known.function(value)
-            return f"[{len(content):,} bytes]" if isinstance(content, bytes) else self.of(content, depth)
-        fields = fields_of(value)
-        if fields is not None:
-            return self._mapping(fields, depth)
-        if isinstance(value, (list, tuple, Set)):
-            items = value if isinstance(value, (list, tuple)) else _sorted(value)
-            return self._sequence(items, depth)
-        if isinstance(value, (bytes, bytearray, memoryview)):
-            return f"[{len(bytes(value)):,} bytes]"
-        simple = _simple(value)
-        if simple is not _UNKNOWN:
-            return self.of(simple, depth)
-        if isinstance(value, Sequence):
-            return self._sequence(value, depth)
-        return self._text(_repr_of_unknown(value))
+    def _read(self, reader: _Reader, value: Any, depth: int) -> Any:
+        role = reader.role
+        if role is _Role.UNKNOWN:
+            return self._text(_repr_of_unknown(value, self._redactor))
+        content = reader.read(value, self._redactor)
+        if role is _Role.FIELDS:
+            return self._mapping(content, depth)
+        if role is _Role.ITEMS:
+            return self._sequence(content, depth)
+        if isinstance(content, bytes):
+            return f"[{len(content):,} bytes]"
+        return self._of(content, depth, reader if role is _Role.FILE else None)
 
-    def _mapping(self, fields: Mapping[Any, Any], depth: int) -> dict[str, Any]:
+    def _mapping(self, fields: Iterable[tuple[Any, Any]], depth: int) -> dict[str, Any]:
         tree: dict[str, Any] = {}
-        for key, value in fields.items():
-            name = key if isinstance(key, str) else self._key(key)
-            self._left -= len(name)
-            if self._left < 0:
-                tree["[cut by skilltrace]"] = "see max_artifact_bytes"
+        redactor = self._redactor
+        for key, value in fields:
+            if self._left < self._look and (stop := self._stop()):
+                tree[f"[{_CUT}]"] = stop
                 break
-            tree[name] = self.of(self._redactor.value(name, value), depth)
+            text = key if type(key) is str else _key_text(key, redactor)
+            secret, name = redactor.names[text]
+            if name in tree:
+                name = self._unique(name, tree)
+            self._left -= len(name) + depth
+            tree[name] = MASK if secret else self._of(redactor.value(text, value), depth)
         return tree
 
-    def _sequence(self, items: Any, depth: int) -> list[Any]:
+    def _sequence(self, items: Iterable[Any], depth: int) -> list[Any]:
         tree: list[Any] = []
         for item in items:
-            if self._left < 0 or self._late:
-                tree.append(f"[cut by skilltrace: {len(tree):,} of {len(items):,} items]")
+            if self._left < self._look and (stop := self._stop()):
+                tree.append(stop)
                 break
-            tree.append(self.of(item, depth))
+            self._left -= depth
+            tree.append(self._of(item, depth))
         return tree
 
-    def _key(self, key: Any) -> str:
-        simple = _simple(key)
-        return str(simple) if simple is not _UNKNOWN and not isinstance(key, bytes) else _safe_repr(key)
+    def _stop(self) -> str | None:
+        """Why nothing more can be written, where that is so."""
+        if self._left < 0:
+            return _OVER_SIZE
+        if time.monotonic() > self._deadline:
+            return _OVER_TIME
+        if self._left < self._look:
+            self._look = max(0, self._left - (1 << 16))
+        return None
+
+    def _unique(self, name: str, tree: dict[str, Any]) -> str:
+        number = 2
+        while f"{name} ({number})" in tree:
+            number += 1
+        return f"{name} ({number})"
 
     def _text(self, text: str) -> str:
-        self._left -= len(text)
-        if self._left < 0:
-            text = text[: max(0, len(text) + self._left)] + "[cut by skilltrace: see max_artifact_bytes]"
-        return self._redactor.text(text)
+        size = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+        self._left -= size + 4
+        if self._left >= 0:
+            self._texts.append(text)
+            return text
+        room = max(0, size + self._left)
+        text = self._redactor.text(text[: room + _MARGIN])
+        return text.encode("utf-8", "replace")[:room].decode("utf-8", "ignore") + _OVER_SIZE
+
+    def _masked(self, tree: Any) -> Any:
+        if type(tree) is str:
+            return self._redactor.text(tree)
+        if type(tree) is dict:
+            return {name: self._masked(value) for name, value in tree.items()}
+        if type(tree) is list:
+            return [self._masked(value) for value in tree]
+        return tree
 
 
-def fields_of(value: Any) -> Mapping[Any, Any] | None:
-    """The fields of a mapping-like value, or None where it has none. Only looks at the type, so that a hostile
-    `__getattr__` is not run; what it then reads may raise."""
-    if isinstance(value, dict):
-        return value
-    kind = type(value)
-    if isinstance(value, type):
-        return None
-    if isinstance(value, Mapping):
-        return dict(value)
-    if dataclasses.is_dataclass(value):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, tuple):
-        names = getattr(kind, "_fields", None)
-        return dict(zip(names, value, strict=False)) if isinstance(names, tuple) else None
-    names = getattr(kind, "model_fields", None)  # pydantic
-    if isinstance(names, dict):
-        return {**{name: getattr(value, name) for name in names}, **(getattr(value, "model_extra", None) or {})}
-    names = getattr(kind, "__attrs_attrs__", None)
-    if names is not None:
-        return {field.name: getattr(value, field.name) for field in names}
-    names = getattr(kind, "__struct_fields__", None)  # msgspec
-    if names is not None:
-        return {name: getattr(value, name) for name in names}
-    if callable(getattr(kind, "toDict", None)) and callable(getattr(kind, "items", None)):  # dspy.Prediction
-        return dict(value.items())
-    if callable(getattr(kind, "to_dict", None)) and _serializer_of(value) is None:
-        try:
-            fields = value.to_dict()
-        except Exception as exception:
-            warn_once(
-                ("to_dict", kind, type(exception)),
-                "%s.to_dict raised %s; its repr is recorded instead.",
-                kind.__qualname__,
-                type(exception).__name__,
-            )
-            return None
-        return fields if isinstance(fields, Mapping) else None
-    return None
+# --- the types of other packages, found by the package and name of a class: none is imported here --------------------
 
 
-_UNKNOWN: Any = object()
+def _data_frame_csv(frame: Any, redactor: Redactor) -> str:
+    secrets = [column for column in frame.columns if redactor.secret(str(column))]
+    rows = max(1, _MAX_CELLS // max(1, len(frame.columns)))
+    cut = frame.head(rows)
+    text: str
+    if hasattr(cut, "to_csv"):  # pandas
+        index = cut.index
+        named = any(name is not None for name in index.names) or getattr(index.dtype, "kind", "O") not in "iu"
+        text = cut.drop(columns=secrets).to_csv(index=named)
+    else:  # polars
+        text = cut.drop(secrets).write_csv()
+    return text if len(cut) == len(frame) else f"{text}# {_CUT}: {len(cut):,} of {len(frame):,} rows\n"
 
 
-def _simple(value: Any) -> Any:
-    """A value of the standard library's or NumPy's small types as one of JSON's, or `_UNKNOWN`."""
-    if isinstance(value, enum.Enum):
-        return value.value if isinstance(value.value, (str, int, float)) else value.name
-    if isinstance(value, (str, pathlib.PurePath, uuid.UUID, decimal.Decimal)):
-        return str(value)
-    if isinstance(value, (datetime.datetime, datetime.date, datetime.time)):
-        return value.isoformat()
-    if isinstance(value, datetime.timedelta):
-        return value.total_seconds()
-    if isinstance(value, bool):
-        return bool(value)
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value)
-    if isinstance(value, BaseException):
-        return f"{type(value).__name__}: {value}"
-    if isinstance(value, type):
-        return f"{value.__module__}.{value.__qualname__}"
-    if type(value).__module__.partition(".")[0] == "numpy" and callable(getattr(value, "tolist", None)):
-        return value.tolist()
-    return _UNKNOWN
-
-
-def _is_scalar(value: Any) -> bool:
-    if value is None or isinstance(value, (bool, int, float)):
-        return True
-    if isinstance(value, str):
-        return len(value) < LONG_TEXT and "\n" not in value
-    if isinstance(value, (list, tuple, dict, bytes)) or _serializer_of(value):
-        return False
-    simple = _simple(value)
-    return simple is not _UNKNOWN and not isinstance(simple, list)
-
-
-def _is_nested(value: Any) -> bool:
-    if isinstance(value, (list, tuple, Set, Mapping)) or _simple(value) is not _UNKNOWN:
-        return True
-    try:
-        return fields_of(value) is not None
-    except Exception:
-        return True  # JsonTree says in the file what could not be read
-
-
-def _sorted(values: Set[Any]) -> list[Any]:
-    try:
-        return sorted(values)
-    except TypeError:
-        return list(values)
-
-
-def _repr_of_unknown(value: Any) -> str:
-    kind = type(value)
-    warn_once(
-        ("unknown type", kind),
-        "A value of %s.%s is recorded by its repr; @skilltrace.artifact.register(%s) teaches skilltrace to do better.",
-        kind.__module__,
-        kind.__qualname__,
-        kind.__name__,
-    )
-    return _safe_repr(value)
-
-
-def _safe_repr(value: Any) -> str:
-    try:
-        return repr(value)
-    except Exception as exception:
-        return f"<{type(value).__qualname__} whose repr raised {type(exception).__name__}>"
-
-
-# The types of other packages, found by the package and name of a class among a value's bases: none is imported here.
-
-
-def _data_frame_csv(frame: Any) -> str:
-    cut = frame.head(_MAX_ROWS)
-    writer = getattr(cut, "to_csv", None)
-    text: str = writer(index=False) if writer is not None else cut.write_csv()
-    return text if len(cut) == len(frame) else f"{text}# cut by skilltrace: {len(cut):,} of {len(frame):,} rows\n"
-
-
-def _pyplot_png(figure: Any) -> bytes:
+def _pyplot_png(figure: Any, _: Redactor) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight")
     return buffer.getvalue()
 
 
-def _plotly_html(figure: Any) -> str:
+def _plotly_html(figure: Any, _: Redactor) -> str:
     html: str = figure.to_html(include_plotlyjs="cdn")
     return html
 
 
-def _pillow_png(image: Any) -> bytes:
+def _pillow_png(image: Any, _: Redactor) -> bytes:
     buffer = io.BytesIO()
-    (image if image.mode in {"1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"} else image.convert("RGB")).save(
-        buffer, "PNG"
-    )
+    known = image.mode in {"1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"}
+    (image if known else image.convert("RGB")).save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def _module_state(module: Any) -> Any:
-    return module.dump_state()
+def _module_state(module: Any, _: Redactor) -> Any:
+    return _without_api_settings(module.dump_state())
 
 
-_FOREIGN: dict[tuple[str, str], _Serializer] = {
-    ("pandas", "DataFrame"): _Serializer(_data_frame_csv, ".csv"),
-    ("polars", "DataFrame"): _Serializer(_data_frame_csv, ".csv"),
-    ("matplotlib", "Figure"): _Serializer(_pyplot_png, ".png"),
-    ("plotly", "BaseFigure"): _Serializer(_plotly_html, ".html"),
-    ("PIL", "Image"): _Serializer(_pillow_png, ".png"),
-    ("dspy", "Module"): _Serializer(_module_state, ".json"),
+def _without_api_settings(state: Any) -> Any:
+    """A module's state without its LMs' `api_key`, `api_base` and so on, so that it still can be loaded."""
+    if not isinstance(state, dict):
+        return state
+    lm = state.get("lm")
+    kept = {name: _without_api_settings(part) for name, part in state.items()}
+    if isinstance(lm, dict):
+        kept["lm"] = {name: value for name, value in lm.items() if not name.startswith("api_")}
+    return kept
+
+
+def _short_repr(value: Any, _: Redactor) -> str:
+    return repr(value)[:LONG_TEXT]
+
+
+_FOREIGN: dict[tuple[str, str], _Reader] = {
+    ("pandas", "DataFrame"): _Reader(_Role.FILE, _data_frame_csv, ".csv"),
+    ("polars", "DataFrame"): _Reader(_Role.FILE, _data_frame_csv, ".csv"),
+    ("matplotlib", "Figure"): _Reader(_Role.FILE, _pyplot_png, ".png"),
+    ("plotly", "BaseFigure"): _Reader(_Role.FILE, _plotly_html, ".html"),
+    ("PIL", "Image"): _Reader(_Role.FILE, _pillow_png, ".png"),
+    ("dspy", "Module"): _Reader(_Role.FILE, _module_state, ".json"),
     # Their own dumps hold a whole file as base64; the repr says what it was.
-    ("dspy", "Image"): _Serializer(lambda value: repr(value)[:LONG_TEXT], ".txt"),
-    ("dspy", "Audio"): _Serializer(lambda value: repr(value)[:LONG_TEXT], ".txt"),
+    ("dspy", "Image"): _Reader(_Role.FILE, _short_repr, ".txt"),
+    ("dspy", "Audio"): _Reader(_Role.FILE, _short_repr, ".txt"),
 }
-
-
-def _serializer_of(value: Any) -> _Serializer | None:
-    kind = type(value)
-    try:
-        return _by_type[kind]
-    except KeyError:
-        pass
-    serializer = next((_registered[base] for base in kind.__mro__ if base in _registered), None) or next(
-        (
-            _FOREIGN[key]
-            for base in kind.__mro__
-            if (key := (base.__module__.partition(".")[0], base.__name__)) in _FOREIGN
-        ),
-        None,
-    )
-    _by_type[kind] = serializer
-    return serializer

@@ -1,12 +1,14 @@
 """Turning on `mlflow.dspy.autolog`: once for each store and experiment, when DSPy is there and MLflow answers.
 
-Not before it answers: with autologging on, MLflow asks the store for the experiment on the thread of the user's call,
-and with a server that is down that call would hang for minutes. Then it is turned on when delivery first succeeds.
+Not before it answers: with autologging on, MLflow asks the store for things on the thread of the user's call, and with
+a server that is down that call would hang for minutes. Then it is turned on when delivery first succeeds.
 """
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Mapping
 
 from skilltrace import config, delivery, dspy_bridge, mlflow_bridge
@@ -15,66 +17,72 @@ from skilltrace.faults import report, warn_once
 from skilltrace.mlflow_bridge import Refused, Store, Unavailable
 from skilltrace.records import Target
 
-_LOCAL_PATIENCE = 60.0  # seconds to wait for a local database: its first use creates the schema
-_REMOTE_PATIENCE = 3.0  # seconds to wait for a server, once
+_PROBE = 1.0  # seconds within which a server must have answered to be waited for
+_PATIENCE = 60.0  # seconds to wait for a store that answers: MLflow is imported, a new database gets its schema
 
-_done: tuple[Target, Mapping[str, bool]] | None = None
-_wanted: tuple[Settings, Mapping[str, bool]] | None = None
-_lock = threading.Lock()
+options: Mapping[str, bool] = {}
+"""Arguments of `mlflow.dspy.autolog`, other than its defaults here, for what is turned on from now on."""
+
+_attempt: _Attempt | None = None  # the latest: what is wanted
+_done: tuple[Target, Mapping[str, bool]] | None = None  # what is on
+_lock = threading.Lock()  # for replacing the attempt
+_turning = threading.Lock()  # for changing what is on; held only after MLflow has answered
 
 
-def ensure(settings: Settings, options: Mapping[str, bool] | None = None) -> bool:
-    """Have autologging on for these settings, as far as that can be now. Never raises.
+class _Attempt:
+    """Turns autologging on in a thread of its own, which may go on when nobody waits for it any longer.
 
     Args:
         settings: Where traces go.
-        options: Arguments of `mlflow.dspy.autolog` other than its defaults here.
-
-    Returns:
-        Whether it is on.
     """
-    global _wanted
-    if not settings.autolog or not settings.enabled:
-        return False
-    wanted = _wanted
-    if options is None and wanted is not None and wanted[0] is settings:
-        return _done is not None  # asked for already: it is on, or waits for MLflow
-    with _lock:
-        if not dspy_bridge.loaded():
-            return False
-        _wanted = (settings, options or {})
-    # In a thread of its own, which may go on when the wait is over: the import alone takes more than a second.
-    thread = threading.Thread(target=_turn_on, name="skilltrace-autolog", daemon=True)
-    thread.start()
-    thread.join(_REMOTE_PATIENCE if settings.tracking_uri.startswith("http") else _LOCAL_PATIENCE)
-    return _done is not None and _done[0] == settings.target
 
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.goal = (settings.target, options)
+        self._began = time.monotonic()
+        self._waited = False
+        self._answers = False
+        self._probed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="skilltrace-autolog", daemon=True)
+        self._thread.start()
 
-def disable() -> None:
-    """Turn autologging off where it was turned on here."""
-    global _done, _wanted
-    with _lock:
-        done, _done, _wanted = _done, None, None
-        if done is not None:
-            mlflow_bridge.disable_autolog(dspy_bridge.without_owning)
-
-
-def _turn_on() -> None:
-    global _done
-    with _lock:
-        if _wanted is None:
+    def wait(self) -> None:
+        """Wait until autologging is on; not for a server that is down."""
+        if self._waited:
             return
-        settings, options = _wanted
-        if _done == (settings.target, options):
-            return
+        waited = time.monotonic() - self._began
+        if self._probed.wait(max(0.0, _PROBE - waited)) and self._answers:
+            self._thread.join(max(0.0, _PATIENCE - waited))
+        self._waited = True
+
+    def _run(self) -> None:
         try:
+            self._answers = mlflow_bridge.answers(self.settings.tracking_uri, _PROBE)
+        finally:
+            self._probed.set()
+        self.turn_on()
+
+    def turn_on(self) -> None:
+        """Turn autologging on, if MLflow answers and it is still wanted."""
+        global _done
+        settings, (target, arguments) = self.settings, self.goal
+        try:
+            with _turning:
+                if _done == self.goal:
+                    return
+                _turn_off()  # traces for this store must not go to the one before
             mlflow_bridge.know(settings.tracking_uri)
-            store = Store(settings.target.uri, delivery.opening(settings.tracking_uri, settings.spool_dir))
-            mlflow_bridge.autolog(store, settings.target, allowed=dspy_bridge.without_owning, options=options)
-            _done = (settings.target, options)
+            store = Store(target.uri, delivery.opening(settings.tracking_uri, settings.spool_dir))
+            store.experiment_id(target)
+            with _turning:
+                if _attempt is self and _done != self.goal:
+                    mlflow_bridge.autolog(store, target, allowed=dspy_bridge.without_owning, options=arguments)
+                    _done = self.goal
+                if _attempt is not self:
+                    _turn_off()  # it was called off meanwhile
         except (Unavailable, Refused) as error:
             warn_once(
-                ("autolog", settings.target.uri),
+                ("autolog", target.uri),
                 "mlflow.dspy.autolog is off until MLflow answers, so traces are not made: %s",
                 error,
             )
@@ -82,9 +90,70 @@ def _turn_on() -> None:
             report("turn on mlflow.dspy.autolog")
 
 
+def ensure(settings: Settings) -> bool:
+    """Have autologging on for these settings, as far as that can be now. Never raises.
+
+    The first call for new settings waits for MLflow, if that answers at all; later ones do not wait.
+
+    Returns:
+        Whether it is on.
+    """
+    global _attempt
+    if not (settings.autolog and settings.enabled and dspy_bridge.loaded()):
+        return False
+    attempt = _attempt
+    if attempt is None or attempt.settings is not settings:
+        try:
+            with _lock:
+                attempt = _attempt
+                if attempt is None or attempt.settings is not settings:
+                    attempt = _attempt = _Attempt(settings)
+        except RuntimeError:
+            return False  # no thread can be started while the interpreter ends
+    attempt.wait()
+    return _done == attempt.goal
+
+
+def disable() -> None:
+    """Turn autologging off where it was turned on here. Never raises."""
+    global _attempt
+    with _lock:
+        _attempt = None
+    if not _turning.acquire(timeout=_PROBE):
+        return  # the attempt that is under way will see that it is no longer wanted
+    try:
+        _turn_off()
+    except Exception:
+        report("turn off mlflow.dspy.autolog")
+    finally:
+        _turning.release()
+
+
+def _turn_off() -> None:
+    global _done
+    if _done is not None:
+        _done = None
+        mlflow_bridge.disable_autolog(dspy_bridge.without_owning)
+
+
 def _configured(settings: Settings) -> None:
-    ensure(settings)
+    if settings.autolog and settings.enabled:
+        ensure(settings)
+    else:
+        disable()
+
+
+def _mlflow_answered() -> None:
+    attempt = _attempt
+    if attempt is not None and _done != attempt.goal:
+        attempt.turn_on()
+
+
+def _after_fork_in_child() -> None:
+    global _lock, _turning
+    _lock, _turning = threading.Lock(), threading.Lock()
 
 
 config.on_change(_configured)
-delivery.on_available.append(_turn_on)
+delivery.on_available.append(_mlflow_answered)
+os.register_at_fork(after_in_child=_after_fork_in_child)

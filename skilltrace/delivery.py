@@ -50,9 +50,14 @@ _LINGER = 0.05  # seconds that a live journal is left alone after its first new 
 _LONGEST_PAUSE = 30.0  # seconds between attempts while MLflow is down
 _RECENT = 2000  # finished runs whose ids are kept, for children that start late
 _PARENT_PATIENCE = 60.0  # seconds that a run waits for a parent which another process has to deliver
+_PARENT_PAUSE = 0.2  # seconds between looks for it
 
 on_available: list[Callable[[], None]] = []
 """Called in the delivery thread when MLflow has answered for the first time, or again after an outage."""
+
+
+class _ParentPending(Unavailable):
+    """The run's parent is not in MLflow yet: another process has to deliver it."""
 
 
 @dataclass
@@ -347,7 +352,7 @@ class Deliverer:
         # It stands in another process's journal (this one was forked), or before the cursor.
         found = store.find_run(experiment_id, parent)
         if found is None and time.time_ns() - start.ns < _PARENT_PATIENCE * 1e9:
-            raise Unavailable(f"the parent of the run {start.name!r} is not delivered yet")
+            raise _ParentPending(f"the parent of the run {start.name!r} is not delivered yet")
         return found
 
     def _context_tags(self) -> dict[str, str]:
@@ -517,8 +522,8 @@ class Worker:
         ended, deliverer = not self._thread.is_alive(), self._deliverer
         return delivered and ended and deliverer is not None and not deliverer.open_keys
 
-    def after_fork(self) -> None:
-        """In a forked child: let go of the parent's journal; its thread does not exist here."""
+    def close(self) -> None:
+        """Let go of the journal, where the thread does not run: it never started, or did not come through a fork."""
         if self._deliverer is not None:
             self._deliverer.close()
 
@@ -533,7 +538,10 @@ class Worker:
                 try:
                     busy = deliverer.step()
                 except Unavailable as error:
-                    self._failed(error)
+                    if isinstance(error, _ParentPending):
+                        self._pause(_PARENT_PAUSE)
+                    else:
+                        self._failed(error)
                     if self._stopping:
                         break  # what is undone stays on disk, for the next process or `skilltrace sync`
                     continue
@@ -574,9 +582,13 @@ class Worker:
         with self._changed:
             self._failures += 1
             self._changed.notify_all()
-            pause = min(_LONGEST_PAUSE, 0.25 * 2 ** min(self._failures, 10)) * random.uniform(0.5, 1.0)
-            # A caller of flush makes the next attempt come sooner, not at once: a server that refuses answers fast.
-            self._changed.wait_for(lambda: self._stopping, timeout=min(pause, 0.5) if self._urgent else pause)
+        pause = min(_LONGEST_PAUSE, 0.25 * 2 ** min(self._failures, 10)) * random.uniform(0.5, 1.0)
+        # A caller of flush makes the next attempt come sooner, not at once: a server that refuses answers fast.
+        self._pause(min(pause, 0.5) if self._urgent else pause)
+
+    def _pause(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping, timeout=seconds)
 
     def _recover(self, folder: Path) -> None:
         try:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import contextvars
 import functools
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import wrapt
@@ -54,15 +55,14 @@ class _Collector:
     def append(self, entry: Any) -> None:
         # DSPy calls this in the middle of the user's LM call: nothing may come out of here.
         try:
-            call = _calls.get(_active_call_id.get()) if _calls else None
-            settings: dict[str, Any] = {}
-            if call is not None:
-                call.recorded = True
-                settings = call.settings
+            call = _calls.get(_active_call_id.get())
+            if call is None:  # our callback was not there when it began: `dspy.context(callbacks=[…])` inside a run
+                figures, settings = read_entry(entry), _lm_settings(entry.get("kwargs") or {})
+            elif call.made_of_others:
+                return
             else:
-                kwargs = entry.get("kwargs") or {}
-                settings = {name: kwargs.get(key) for name, key in _SETTINGS}
-            figures = read_entry(entry, duration=call.seconds() if call is not None else 0.0)
+                call.recorded = True
+                figures, settings = read_entry(entry, duration=call.seconds()), call.settings
             self.meter.add(figures, {"lm.model": figures.model, **settings})
         except Exception:
             report("count an LM call")
@@ -75,27 +75,30 @@ class _Collector:
         return (list, ())
 
 
-_SETTINGS = (("lm.temperature", "temperature"), ("lm.max_tokens", "max_tokens"))
-
-
 class _LMCall:
     """One LM call between its start and its end."""
 
-    __slots__ = ("collectors", "inside", "model", "recorded", "settings", "started")
+    __slots__ = ("collectors", "made_of_others", "model", "recorded", "settings", "started")
 
-    def __init__(self, instance: Any, inputs: dict[str, Any], collectors: list[_Collector], inside: bool) -> None:
+    def __init__(self, instance: Any, inputs: dict[str, Any], collectors: list[_Collector]) -> None:
         self.started = time.perf_counter()
         self.collectors = collectors
-        self.inside = inside  # a subclass's call that calls its base's: the outer one is what the user made
+        # An LM that asks other LMs (a router, a subclass that calls its base) is not counted itself: they are.
+        self.made_of_others = False
         self.recorded = False
         self.model = str(getattr(instance, "model", "unknown"))
-        kwargs = {**(getattr(instance, "kwargs", None) or {}), **(inputs.get("kwargs") or {})}
-        self.settings = {name: kwargs.get(key) for name, key in _SETTINGS}
-        if self.settings["lm.max_tokens"] is None:
-            self.settings["lm.max_tokens"] = kwargs.get("max_completion_tokens")
+        self.settings = _lm_settings({**(getattr(instance, "kwargs", None) or {}), **(inputs.get("kwargs") or {})})
 
     def seconds(self) -> float:
         return time.perf_counter() - self.started
+
+
+def _lm_settings(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    most = kwargs.get("max_tokens")
+    return {
+        "lm.temperature": kwargs.get("temperature"),
+        "lm.max_tokens": kwargs.get("max_completion_tokens") if most is None else most,  # reasoning models
+    }
 
 
 _calls: dict[str | None, _LMCall] = {}
@@ -135,17 +138,21 @@ def enter(run: Run) -> Any:
     """Make `run` the current one in DSPy's context; returns what `leave` needs."""
     if _settings is None:
         return None
-    overrides = _settings.thread_local_overrides
-    before = overrides.get()
-    callers = before.get("caller_modules") or _settings.main_thread_config.get("caller_modules") or ()
-    after = type(before)(before)
-    after["caller_modules"] = [*callers, run.collector]
-    after[_RUN] = run
-    # Not dspy.context: it copies the whole global configuration into the context, so that a dspy.configure inside the
-    # run would have no effect there.
-    overrides.set(after)
-    _ensure_callback()
-    return before, after
+    try:
+        overrides = _settings.thread_local_overrides
+        before = overrides.get()
+        callers = before.get("caller_modules") or _settings.main_thread_config.get("caller_modules") or ()
+        after = type(before)(before)
+        after["caller_modules"] = [*callers, run.collector]
+        after[_RUN] = run
+        # Not dspy.context: it copies the whole global configuration into the context, so that a dspy.configure inside
+        # the run would have no effect there.
+        overrides.set(after)
+        _ensure_callback()
+        return before, after
+    except Exception:
+        report("enter a run in DSPy's context")
+        return None
 
 
 def leave(run: Run, token: Any) -> None:
@@ -193,32 +200,44 @@ def _ensure_callback() -> None:
     callbacks = _settings.settings.callbacks
     if callbacks and callbacks[-1] is _callback:
         return
-    for position, callback in enumerate(callbacks):
-        if callback is _callback:
-            if not any(type(other).__name__ == "MlflowCallback" for other in callbacks[position + 1 :]):
+    with _callbacks_lock:
+        if _callback in callbacks:
+            behind = callbacks[callbacks.index(_callback) + 1 :]
+            if not any(type(callback).__name__ == "MlflowCallback" for callback in behind):
                 return
             # A trace must have been started when we ask for its id.
             callbacks.remove(_callback)
-            break
-    callbacks.append(_callback)
+        callbacks.append(_callback)
 
 
-def _make_callback(base: type) -> Any:
+_callbacks_lock = threading.Lock()
+
+
+def _make_callback(base: type, lm_base: type) -> Any:
     class SkilltraceCallback(base):  # type: ignore[misc]  # its base is known only once DSPy is imported
         """Notes how long LM calls take, which fail, and which traces are made in which run."""
 
         def on_module_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
-            _note_trace()
+            if isinstance(instance, lm_base):  # DSPy 3.1 announces an LM that is no dspy.LM as a module
+                self.on_lm_start(call_id, instance, inputs)
+            else:
+                _note_trace()
+
+        def on_module_end(self, call_id: str, outputs: Any | None, exception: BaseException | None = None) -> None:
+            self.on_lm_end(call_id, outputs, exception)
 
         def on_lm_start(self, call_id: str, instance: Any, inputs: dict[str, Any]) -> None:
             collectors = _collectors()
             if collectors:
                 _note_trace()
-                _calls[call_id] = _LMCall(instance, inputs, collectors, inside=_active_call_id.get() in _calls)
+                around = _calls.get(_active_call_id.get())
+                if around is not None:
+                    around.made_of_others = True
+                _calls[call_id] = _LMCall(instance, inputs, collectors)
 
         def on_lm_end(self, call_id: str, outputs: Any | None, exception: BaseException | None = None) -> None:
             call = _calls.pop(call_id, None)
-            if call is None or call.recorded or call.inside:
+            if call is None or call.recorded or call.made_of_others:
                 return
             # No entry came: it failed or was cancelled (then there are no outputs), or DSPy keeps no history.
             failed = exception is not None or outputs is None
@@ -240,6 +259,8 @@ def _make_callback(base: type) -> Any:
 
 def _note_trace() -> None:
     run = current_run()
+    while run is not None and run.ended:
+        run = run.parent
     if run is not None:
         trace_id = mlflow_bridge.active_trace_id()
         if trace_id is not None:
@@ -314,6 +335,14 @@ def hook_modules(
     base.__call__, base.acall = __call__, tracked_acall
 
 
+def prediction_of(module: Any, result: Any) -> Any:
+    """What a module's call amounts to: under GEPA's bootstrap tracing it returns a pair of that and the trace."""
+    forward = module.__dict__.get("forward")
+    if type(result) is tuple and getattr(forward, "__module__", None) == "dspy.teleprompt.bootstrap_trace":
+        return result[0]
+    return result
+
+
 # --- at DSPy's import ------------------------------------------------------------------------------------------------
 
 
@@ -324,7 +353,7 @@ def _imported(_: Any) -> None:
         from dspy.utils import callback
 
         _active_call_id = callback.ACTIVE_CALL_ID
-        _callback = _make_callback(callback.BaseCallback)
+        _callback = _make_callback(callback.BaseCallback, dspy.BaseLM)
         _settings = sys.modules["dspy.dsp.utils.settings"]
         for action in _on_import:
             action()

@@ -7,7 +7,6 @@ can tell a live journal from one that was left behind. There is no other queue: 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import getpass
 import os
 import secrets
@@ -70,27 +69,41 @@ class Journal:
             worker.wake()
 
     def keep(self, artifact: Artifact) -> Artifact:
-        """The artifact as a record may hold it: a large content is moved to a file beside the journal."""
+        """The artifact as a record may hold it: a large content is moved to a file beside the journal.
+
+        Never raises: where that file cannot be written, the content is lost, and the artifact says so.
+        """
         content: bytes | None = artifact.data
         if content is None and artifact.text is not None and len(artifact.text) > _LARGEST_INLINE // 4:
             content = artifact.text.encode("utf-8", "replace")
         if content is None or len(content) <= _LARGEST_INLINE:
             return artifact
-        path = self._blob()
-        spool.write_file(path, content)
+        try:
+            path = self._blob()
+            spool.write_file(path, content)
+        except (OSError, JournalError) as error:
+            return self._not_kept(artifact.path, error)
         return Artifact(artifact.path, blob=path.name)
 
     def keep_file(self, source: Path, path: str) -> Artifact:
         """A copy of a file beside the journal, to be the artifact at `path`. Raises OSError where it cannot be read."""
-        blob = self._blob()
         with open(source, "rb") as reader:
-            descriptor = os.open(blob, os.O_CREAT | os.O_WRONLY | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                blob = self._blob()
+                descriptor = os.open(blob, os.O_CREAT | os.O_WRONLY | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            except (OSError, JournalError) as error:
+                return self._not_kept(path, error)
             try:
                 while chunk := reader.read(1 << 20):
                     spool.write_all(descriptor, chunk)
             finally:
                 os.close(descriptor)
         return Artifact(path, blob=blob.name)
+
+    def _not_kept(self, path: str, error: Exception) -> Artifact:
+        self.lost += 1
+        warn_once("blob", "An artifact could not be written beside the journal, and its content is lost: %s", error)
+        return Artifact(path, text=f"[lost by skilltrace: {error}]")
 
     def _blob(self) -> Path:
         if self._descriptor < 0:
@@ -122,9 +135,14 @@ class Journal:
             if self._threaded and self.worker is None:
                 assert self.folder is not None
                 worker = Worker(self.folder)
-                with contextlib.suppress(RuntimeError):  # no thread can be started while the interpreter ends
+                try:
                     worker.start()
-                self.worker = worker
+                except RuntimeError:
+                    # The interpreter is ending, and starts no thread any more: the next process delivers.
+                    worker.close()
+                    self._threaded = False
+                else:
+                    self.worker = worker
 
     def flush(self, timeout: float) -> bool:
         """Wait until what was recorded so far is delivered; True where it is."""
@@ -162,7 +180,7 @@ class Journal:
             os.close(self._descriptor)  # closing a copy does not let go of the parent's lock
             self._descriptor = -1
         if self.worker is not None:
-            self.worker.after_fork()
+            self.worker.close()
             self.worker = None
         self._lock = threading.Lock()
 
@@ -275,6 +293,7 @@ def status() -> DeliveryStatus:
 
 
 def _at_exit() -> None:
+    """Deliver what is there, for at most `flush_timeout` seconds; say where the rest is."""
     try:
         settings = config.current()
         deadline = time.monotonic() + settings.flush_timeout
@@ -285,10 +304,17 @@ def _at_exit() -> None:
                     "The next process that uses skilltrace delivers them, or: skilltrace sync",
                     journal.folder,
                 )
+        mlflow_bridge.flush_traces(max(0.0, deadline - time.monotonic()))
     except Exception:
         report("deliver what is left at the end of the process")
 
 
+# Before Python ends its thread pools and refuses new ones: importing MLflow, and MLflow itself, need them. Its hook for
+# that is private, and runs in reverse order, so the pools' own hook must be there before ours. The public one comes too
+# late for delivery, but it finds what other threads have recorded meanwhile.
+import concurrent.futures.thread  # noqa: E402, F401
+
+getattr(threading, "_register_atexit", atexit.register)(_at_exit)
 atexit.register(_at_exit)
 
 

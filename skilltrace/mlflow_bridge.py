@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import logging
+import http.client
+import os
 import sys
 import threading
+import urllib.error
+import urllib.request
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -83,12 +87,14 @@ class Store:
     def __init__(self, uri: str, lock: AbstractContextManager[Any] | None = None) -> None:
         self.uri = _with_credentials.get(uri, uri)
         self._experiments: dict[Target, str] = {}
+        load()
         with _errors_sorted(), lock or nullcontext():
             from mlflow import MlflowClient
 
             _bound_requests()
             with _bounded():
                 self._client: MlflowClient = MlflowClient(tracking_uri=self.uri)
+        _opened.add(self)
 
     def experiment_id(self, target: Target) -> str:
         """The id of the target's experiment, which is created where there is none."""
@@ -223,7 +229,8 @@ _request_is_ours: contextvars.ContextVar[bool] = contextvars.ContextVar("skilltr
 def _bounded() -> Iterator[None]:
     token = _request_is_ours.set(True)
     try:
-        yield
+        with _no_fork:
+            yield
     finally:
         _request_is_ours.reset(token)
 
@@ -251,17 +258,72 @@ def _bound_requests() -> None:
     rest_utils._get_http_response_with_retries = bounded
 
 
+# --- forks: a child gets MLflow's modules, locks and connections as they are at that moment -------------------------
+
+# Held while MLflow is imported or called here, and by a fork: a child forked in the middle would have half a module, a
+# lock that nobody lets go of, or somebody else's place in a database connection.
+_importing = threading.RLock()
+_no_fork = threading.RLock()
+_PATIENCE_OF_FORK = 5.0  # seconds; a call to a server that hangs may take longer
+_opened: weakref.WeakSet[Store] = weakref.WeakSet()
+_fork_waited = threading.local()
+
+
+def load() -> None:
+    """Import MLflow, at a time when no fork happens."""
+    with _importing:
+        import mlflow.tracking.context.registry  # noqa: F401  # what is imported later, and in other threads
+
+
+def _before_fork() -> None:
+    _importing.acquire()
+    _fork_waited.mine = _no_fork.acquire(timeout=_PATIENCE_OF_FORK)
+
+
+def _after_fork_in_parent() -> None:
+    if _fork_waited.mine:
+        _no_fork.release()
+    _importing.release()
+
+
+def _after_fork_in_child() -> None:
+    global _importing, _no_fork
+    _importing, _no_fork = threading.RLock(), threading.RLock()
+    for store in list(_opened):
+        engine = getattr(store._client._tracking_client.store, "engine", None)
+        if engine is not None:
+            engine.dispose(close=False)  # the connections are the parent's
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+
+
 # --- what MLflow knows about the process --------------------------------------------------------------------------
 
 
 def context_tags() -> dict[str, str]:
     """The tags that `mlflow.start_run` sets for user, source, git commit and notebook."""
+    load()
     from mlflow.tracking.context.registry import resolve_tags
 
     return {str(key): str(value) for key, value in resolve_tags().items()}
 
 
 # --- autologging and traces ------------------------------------------------------------------------------------------
+
+
+def answers(uri: str, timeout: float) -> bool:
+    """Whether something answers at a tracking URI: a file always does, a server within `timeout` seconds or not."""
+    if not uri.startswith(("http://", "https://")):
+        return uri.startswith(("sqlite", "file:")) or "://" not in uri
+    request = urllib.request.Request(f"{without_credentials(uri)}/health")
+    try:
+        with urllib.request.urlopen(request, timeout=timeout):
+            return True
+    except urllib.error.HTTPError:
+        return True  # "not found" and "not allowed" are answers too
+    except (OSError, ValueError, http.client.HTTPException):
+        return False
 
 
 def autolog(
@@ -277,16 +339,32 @@ def autolog(
         options: Arguments of `mlflow.dspy.autolog`.
     """
     experiment_id = store.experiment_id(target)
-    import mlflow
-
-    with _errors_sorted(), _bounded():
-        if mlflow.get_tracking_uri() != store.uri:
-            mlflow.set_tracking_uri(store.uri)
-        mlflow.set_experiment(experiment_id=experiment_id)
+    with _importing:
+        import mlflow
         import mlflow.dspy
 
+    with _errors_sorted(), _bounded():
+        with _environment_kept("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID"):
+            if mlflow.get_tracking_uri() != store.uri:
+                mlflow.set_tracking_uri(store.uri)
+            mlflow.set_experiment(experiment_id=experiment_id)
         arguments: dict[str, Any] = {"log_compiles": True, "log_evals": True, "silent": True, **(options or {})}
         allowed(functools.partial(mlflow.dspy.autolog, **arguments))
+
+
+@contextmanager
+def _environment_kept(*names: str) -> Iterator[None]:
+    """Undo what MLflow sets in the environment for child processes: it is where our settings are read from, and a
+    later `configure` must not take its own echo for the user's wish."""
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is not None:
+                os.environ[name] = value
+            else:
+                os.environ.pop(name, None)
 
 
 def disable_autolog(allowed: Callable[[Callable[[], T]], T]) -> None:
@@ -298,30 +376,35 @@ def disable_autolog(allowed: Callable[[Callable[[], T]], T]) -> None:
 
 def fluent_run_id() -> str | None:
     """The id of the run that MLflow's own fluent API has open here, or None."""
-    mlflow = sys.modules.get("mlflow")
-    run = mlflow.active_run() if mlflow is not None else None
+    active_run = _loaded("active_run")
+    run = active_run() if active_run is not None else None
     return run.info.run_id if run is not None else None
 
 
 def active_trace_id() -> str | None:
     """The id of the trace that is open in this context, or None."""
-    mlflow = sys.modules.get("mlflow")
-    span = mlflow.get_current_active_span() if mlflow is not None else None
+    active_span = _loaded("get_current_active_span")
+    span = active_span() if active_span is not None else None
     return span.trace_id if span is not None else None
+
+
+def _loaded(name: str) -> Any:
+    """A function of MLflow's, or None where that is not imported, or just being imported by another thread."""
+    return getattr(sys.modules.get("mlflow"), name, None)
 
 
 def flush_traces(timeout: float) -> None:
     """Wait until the traces made so far are exported, for `timeout` seconds at most."""
-    mlflow = sys.modules.get("mlflow")
-    if mlflow is None:
+    flush_all = _loaded("flush_trace_async_logging")
+    if flush_all is None:
         return
 
     def flush() -> None:
         try:
-            mlflow.flush_trace_async_logging()
+            flush_all()
         except Exception:
             # It raises where no trace was ever made; a trace that is not exported MLflow reports itself.
-            logging.getLogger(__name__).debug("flushing traces", exc_info=True)
+            logger.debug("flushing traces", exc_info=True)
 
     thread = threading.Thread(target=flush, name="skilltrace-traces", daemon=True)
     thread.start()

@@ -54,12 +54,11 @@ def setup_dspy_autologging(
         >>> setup_dspy_autologging(disable=True)
         False
     """
+    if not disable:
+        dspy_bridge.load()
+        autolog.options = {"log_compiles": log_compiles, "log_evals": log_evals, "log_traces": log_traces}
     settings = config.configure(experiment_name, tracking_uri=tracking_uri, autolog=not disable, enabled=not disable)
-    if disable:
-        autolog.disable()
-        return False
-    dspy_bridge.load()
-    return autolog.ensure(settings, {"log_compiles": log_compiles, "log_evals": log_evals, "log_traces": log_traces})
+    return autolog.ensure(settings)
 
 
 class MLflowContext:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
+from urllib.parse import parse_qsl, urlencode
 
 from skilltrace.errors import ConfigurationError
 from skilltrace.faults import warn_once
@@ -19,43 +19,68 @@ Redact: TypeAlias = "Iterable[str | re.Pattern[str]] | Callable[[str, Any], Any]
 # but not `max_tokens`, `token_count` or `keyboard`.
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _SECRET_WORDS = frozenset(
-    "password passwd passphrase pwd secret secrets authorization credential credentials apikey cookie cookies "
-    "accesskey privatekey secretkey authtoken accesstoken bearer jwt".split()
+    "password passwords passwd passphrase passcode pwd secret secrets authorization credential credentials apikey "
+    "apikeys cookie cookies accesskey privatekey secretkey authtoken accesstoken bearer jwt dsn".split()
 )
-_SECRET_PAIRS = frozenset({("api", "key"), ("access", "key"), ("private", "key"), ("secret", "key"), ("auth", "key")})
+_SECRET_LAST_WORDS = frozenset({"token", "auth"})
+_SECRET_PAIRS = frozenset(
+    {(word, "key") for word in "access account api auth encryption master private secret shared signing ssh".split()}
+    | {(word, "token") for word in "access api auth bearer refresh session".split()}  # `access_tokens` too
+    | {("api", word) for word in "base type version".split()}  # settings of an LM; so is `api_key`
+    | {("connection", "string")}
+)
+_LONGEST_NAME = 256  # characters; a longer key of a mapping is a text, not a name
 
 # The shapes of well-known credentials. A literal beside each pattern says what must stand in a text for the pattern to
 # match at all: looking for a few literals costs a microsecond, running the patterns over each text would cost hundreds.
-_SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str], str], ...] = (
-    (("sk-",), re.compile(r"\bsk-[A-Za-z0-9_-]{16,}"), MASK),
-    (("AKIA", "ASIA"), re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"), MASK),
-    (("gh", "github_pat_"), re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,})"), MASK),
-    (("glpat-",), re.compile(r"\bglpat-[\w-]{16,}"), MASK),
-    (("hf_", "gsk_"), re.compile(r"\b(?:hf|gsk)_[A-Za-z0-9]{20,}"), MASK),
-    (("AIza",), re.compile(r"\bAIza[\w-]{30,}"), MASK),
-    (("xox",), re.compile(r"\bxox[abeoprs]-[\w-]{10,}"), MASK),
-    (("eyJ",), re.compile(r"\beyJ[\w-]{6,}\.[\w-]{6,}\.[\w-]*"), MASK),
-    (("earer ", "EARER "), re.compile(r"(?i)(\bbearer )[\w.~+/=-]{8,}"), rf"\1{MASK}"),
-    (("uthorization", "UTHORIZATION"), re.compile(r"(?i)(\bauthorization\W{1,4}basic )[\w+/=]{4,}"), rf"\1{MASK}"),
-    (("://",), re.compile(r"(://)[^\s/?#@'\"]*:[^\s/?#@'\"]*@"), rf"\1{MASK}@"),
-    (
-        ("PRIVATE KEY",),
-        re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL),
-        MASK,
-    ),
-)
-
-
-@lru_cache(maxsize=4096)
-def _named_secret(name: str) -> bool:
-    words = [word.lower() for word in _WORDS.findall(name)]
-    if not words:
-        return False
-    return (
-        words[-1] == "token"
-        or not _SECRET_WORDS.isdisjoint(words)
-        or any(pair in _SECRET_PAIRS for pair in zip(words, words[1:], strict=False))
+_SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str], str], ...] = tuple(
+    (literals, re.compile(pattern, re.ASCII), replacement)
+    for literals, pattern, replacement in (
+        (("sk-",), r"\bsk-[A-Za-z0-9_-]{16,}", MASK),
+        (("AKIA", "ASIA"), r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b", MASK),
+        (("gh", "github_pat_"), r"\b(?:gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,})", MASK),
+        (("glpat-", "nvapi-", "pplx-", "pypi-", "tvly-", "xai-"),
+         r"\b(?:glpat|nvapi|pplx|pypi|tvly|xai)-[\w-]{16,}", MASK),
+        (("hf_", "gsk_", "npm_", "r8_"), r"\b(?:hf|gsk|npm|r8)_[A-Za-z0-9]{20,}", MASK),
+        (("_live_", "_test_"), r"\b[prs]k_(?:live|test)_[A-Za-z0-9]{16,}", MASK),
+        (("lsv2_",), r"\blsv2_\w{16,}", MASK),
+        (("dapi",), r"\bdapi[0-9a-f]{32}", MASK),
+        (("AIza",), r"\bAIza[\w-]{30,}", MASK),
+        (("xox",), r"\bxox[abeoprs]-[\w-]{10,}", MASK),
+        (("eyJ",), r"(?<![\w-])eyJ[\w-]{12,}\.[\w-]{6,}\.[\w-]*", MASK),
+        (("earer", "EARER"), r"(?i)(\bbearer\s+)[\w.~+/=-]{8,}", rf"\1{MASK}"),
+        (("uthorization", "UTHORIZATION"), r"(?i)(\bauthorization\W{1,4}basic\s+)[\w+/=]{4,}", rf"\1{MASK}"),
+        (("://",), r"(://)[^\s/?#@'\":]*:[^\s/?#@'\"]*@", rf"\1{MASK}@"),
+        (("PRIVATE KEY",),
+         r"(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", MASK),
     )
+)  # fmt: skip
+
+# Most texts hold no credential, and that must be found out quickly. All shapes of tokens have this in common: a run of
+# 15 or more letters, digits, `_` and `-`. The other shapes have a word, or an @.
+_RUN = b"x" * 15
+_AS_RUNS = bytes(ord("x" if chr(code).isalnum() or chr(code) in "_-" else " ") for code in range(128)) + b" " * 128
+
+# In a repr, a message or source code: a name and what parts it from its value, as in `password='…'`, `"token": "…"`; and
+# what may end that value.
+_NAMED = re.compile(r"(?<![\w.-])([\w.-]{1,256})[\"']?\s{0,4}[=:](?![=:])\s{0,4}(?=\S)")
+_BOUNDS = re.compile(r"""'(?:\\.|[^'\\\n])*'|"(?:\\.|[^"\\\n])*"|[\[({})\],;&\s]""")
+
+
+class _Names(dict[str, tuple[bool, str]]):
+    """Of each name seen: whether it is secret, and the name as it may be written."""
+
+    def __init__(self, redactor: Redactor) -> None:
+        super().__init__()
+        self._redactor = redactor
+
+    def __missing__(self, name: str) -> tuple[bool, str]:
+        known = self._redactor._names_a_secret(name), self._redactor.text(name)
+        if len(self) >= 4096:
+            self.clear()
+        if len(name) <= _LONGEST_NAME:
+            self[name] = known
+        return known
 
 
 class Redactor:
@@ -64,6 +89,9 @@ class Redactor:
     Args:
         extra: What `configure(redact=…)` was given. A string names one more secret argument or field (any case); a
             pattern masks what it matches in text; a function gets each name and value and returns what to record.
+
+    Attributes:
+        names: Of a name: whether it is secret, and the name as it may be written.
 
     Raises:
         ConfigurationError: where `extra` is none of these.
@@ -76,7 +104,8 @@ class Redactor:
     """
 
     def __init__(self, extra: Redact = None) -> None:
-        self._names: set[str] = set()
+        self.names = _Names(self)
+        self._more_names: set[str] = set()
         self._shapes: list[re.Pattern[str]] = []
         self._function: Callable[[str, Any], Any] | None = None
         if extra is None:
@@ -88,19 +117,34 @@ class Redactor:
             raise ConfigurationError(f"redact must be a list of names and patterns, or a function, not {extra!r}")
         for item in extra:
             if isinstance(item, str):
-                self._names.add(item.lower())
-            elif isinstance(item, re.Pattern):
+                self._more_names.add(item.lower())
+            elif isinstance(item, re.Pattern) and isinstance(item.pattern, str):
                 self._shapes.append(item)
             else:
-                raise ConfigurationError(f"redact takes names (str) and compiled patterns, not {item!r}")
+                raise ConfigurationError(f"redact takes names (str) and compiled patterns of text, not {item!r}")
 
     def secret(self, name: str) -> bool:
         """Whether a value under this name must never be recorded."""
-        return name.lower() in self._names or _named_secret(name)
+        return self.names[name][0]
+
+    def _names_a_secret(self, name: str) -> bool:
+        if len(name) > _LONGEST_NAME:
+            return False
+        if name.lower() in self._more_names:
+            return True
+        words = [word.lower() for word in _WORDS.findall(name)]
+        if not words:
+            return False
+        singular = [word.removesuffix("s") for word in words]
+        return (
+            words[-1] in _SECRET_LAST_WORDS
+            or not _SECRET_WORDS.isdisjoint(words)
+            or any(pair in _SECRET_PAIRS for pair in zip(words, singular[1:], strict=False))
+        )
 
     def value(self, name: str, value: Any) -> Any:
         """The value to record under a name: masked where the name is secret, else as the user's function returns it."""
-        if self.secret(name):
+        if self.names[name][0]:
             return MASK
         if self._function is not None:
             try:
@@ -110,8 +154,19 @@ class Redactor:
                 return MASK
         return value
 
+    def suspects(self, text: str) -> bool:
+        """Whether `text` may have something to mask in this text; quick, and never wrong when it says no."""
+        if self._shapes or _RUN in text.encode("utf-8", "replace").translate(_AS_RUNS):
+            return True
+        if "@" in text and "://" in text:
+            return True
+        lowered = text.lower()
+        return "bearer" in lowered or "authorization" in lowered or "private key" in lowered
+
     def text(self, text: str) -> str:
         """The text with every credential of a known shape masked."""
+        if not self.suspects(text):
+            return text
         for literals, pattern, replacement in _SHAPES:
             for literal in literals:
                 if literal in text:
@@ -121,11 +176,72 @@ class Redactor:
             text = pattern.sub(MASK, text)
         return text
 
+    def texts(self, texts: Mapping[str, str]) -> dict[str, str]:
+        """Some texts by name, each as `text` gives it: looked through all at once, for most hold nothing to mask."""
+        if not self.suspects("\n".join(texts.values())):
+            return dict(texts)
+        return {name: self.text(text) for name, text in texts.items()}
+
+    def printed(self, text: str) -> str:
+        """A repr, a message or a traceback: as `text`, and what stands behind a secret name is masked too.
+
+        Example:
+            >>> Redactor().printed("Client(region='eu', api_key='hunter2')")
+            "Client(region='eu', api_key=[redacted])"
+        """
+        text = self.text(text)
+        parts, end = [], 0
+        for match in _NAMED.finditer(text):
+            if match.start() >= end and self.secret(match[1]):
+                parts += [text[end : match.end()], MASK]
+                end = _value_end(text, match.end())
+        return "".join((*parts, text[end:]))
+
+
+def _value_end(text: str, start: int) -> int:
+    """Where the value ends that begins there: at a comma or space outside of quotes and brackets."""
+    depth = 0
+    for match in _BOUNDS.finditer(text, start):
+        bound = match[0]
+        if bound in "[({":
+            depth += 1
+        elif bound in "])}":
+            depth -= 1
+            if depth <= 0:
+                return match.end() if depth == 0 else match.start()
+        elif len(bound) == 1 and depth == 0:
+            return match.start()
+    return len(text)
+
+
+# A database's URI may have a password with slashes in it, as SQLAlchemy reads it; a server's may have an @ in its path.
+_DATABASE_USER = re.compile(r"([\w+.-]+://)[^:/@]*:[^@]*@(.*)", re.DOTALL)
+
 
 def without_credentials(uri: str) -> str:
-    """A URI with its user and password taken out, as it may stand in a journal."""
+    """A URI with its user and password taken out, as it may stand in a journal.
+
+    Example:
+        >>> without_credentials("postgresql://ada:secret@db:5432/mlflow?sslmode=require")
+        'postgresql://db:5432/mlflow?sslmode=require'
+    """
     head, separator, tail = uri.partition("://")
     if not separator:
         return uri
-    authority, slash, path = tail.partition("/")
-    return f"{head}://{authority.rpartition('@')[2]}{slash}{path}"
+    if not head.lower().startswith("http") and (match := _DATABASE_USER.fullmatch(uri)):
+        tail = match[2]
+    authority, rest = tail[: (end := _authority_end(tail))], tail[end:]
+    path, question, query = rest.partition("?")
+    if question:
+        pairs = parse_qsl(query, keep_blank_values=True)
+        kept = [(name, value) for name, value in pairs if not _OPEN.secret(name)]
+        if len(kept) < len(pairs):
+            question, query = ("?", urlencode(kept)) if kept else ("", "")
+    return f"{head}://{authority.rpartition('@')[2]}{path}{question}{query}"
+
+
+def _authority_end(tail: str) -> int:
+    return min((at for at in map(tail.find, "/?#") if at >= 0), default=len(tail))
+
+
+_OPEN = Redactor()

@@ -370,11 +370,6 @@ class Run:
             tags.update(_error_tags(exception, self.settings))
             if not isinstance(exception, _KILLED):
                 files.append(Artifact("error.txt", text=self.settings.redactor.text(_traceback(exception))))
-        try:
-            files = [self._journal.keep(file) for file in files]
-        except OSError as error:
-            warn_once("blob", "A large artifact could not be written beside the journal and is lost: %s", error)
-            files = [file for file in files if file.blob is not None or len(file.text or file.data or "") < 1 << 16]
         self._tags.update(tags)
         self._journal.append(
             RunEnded(
@@ -384,7 +379,7 @@ class Run:
                 metrics=[Metric.of(key, value, now // 1_000_000) for key, value in figures.items()],
                 params={name: ",".join(values)[:500] for name, values in self._meter.settings.items()},
                 tags=tags,
-                artifacts=files,
+                artifacts=[self._journal.keep(file) for file in files],
                 traces=list(self._traces),
             )
         )

@@ -6,19 +6,25 @@ with an underscore. So a template cannot be made to run code or to reach into an
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from string import Formatter
 from typing import Any
 
 from skilltrace.errors import ConfigurationError
 from skilltrace.faults import warn_once
-from skilltrace.redaction import MASK
+from skilltrace.redaction import MASK, Redactor
 
 UNKNOWN = "unknown"
-_PATH = re.compile(r"\s*([A-Za-z]\w*)((?:\.[A-Za-z]\w*|\[[^\[\]]+\])*)\s*")
-_STEP = re.compile(r"\.([A-Za-z]\w*)|\[([^\[\]]+)\]")
+_ITEM = r"\[[^\[\]{}]+\]"
+_FIELD = re.compile(rf"\s*([^\W\d_]\w*)((?:\.[^\W\d_]\w*|{_ITEM})*)\s*")
+# In a result a field may have any name: `"rouge-L"`, `"report.pass@1"`, `"[0].score"`.
+_PATH = re.compile(rf"\s*([^\W_][^.\[\]{{}}]*|{_ITEM})((?:\.[^\W_][^.\[\]{{}}]*|{_ITEM})*)\s*")
+_STEP = re.compile(r"\.([^.\[\]]+)|\[([^\[\]]+)\]")
 _MISSING: Any = object()
+_OPEN = Redactor()
+_PLAIN = (str, int, float, bool, type(None))
 
 
 class Template:
@@ -38,12 +44,11 @@ class Template:
 
     def __init__(self, text: str, option: str = "name") -> None:
         self.text = text
-        # Each part is a literal and the field behind it: (root, path, format spec, conversion).
-        self._parts: list[tuple[str, tuple[str, tuple[str, ...], str, str] | None]] = []
+        # Each part is a literal and the field behind it.
+        self._parts: list[tuple[str, _Field | None]] = []
         try:
             for literal, field, spec, conversion in Formatter().parse(text):
-                filled = None if field is None else (*_parse_path(field), spec or "", conversion or "")
-                self._parts.append((literal, filled))
+                self._parts.append((literal, None if field is None else _Field(text, field, spec, conversion)))
         except ValueError as error:
             raise ConfigurationError(
                 f"{option}={text!r} is not a template: {error}. Fields are arguments with attributes and items, like "
@@ -58,61 +63,83 @@ class Template:
     @property
     def roots(self) -> tuple[str, ...]:
         """The names of the arguments that the fields begin with."""
-        return tuple(field[0] for _, field in self._parts if field is not None)
+        return tuple(field.steps[0] for _, field in self._parts if field is not None)
 
-    def render(self, values: Mapping[str, Any], secret: Callable[[str], bool] = lambda name: False) -> str:
+    def render(self, values: Mapping[str, Any], redactor: Redactor = _OPEN) -> str:
         """The text with its fields filled in; a field that cannot be filled is `unknown`, and warns once.
 
         Args:
             values: The arguments by name.
-            secret: Says of a name whether its value must not appear.
+            redactor: What keeps secrets out.
         """
+        if not isinstance(redactor, Redactor):
+            redactor = redactor.__self__  # TODO: until tracked.py passes the redactor itself
         return "".join(
-            literal if field is None else literal + self._fill(values, secret, *field) for literal, field in self._parts
+            [literal if field is None else literal + field.fill(values, redactor) for literal, field in self._parts]
         )
 
-    def _fill(
-        self,
-        values: Mapping[str, Any],
-        secret: Callable[[str], bool],
-        root: str,
-        path: tuple[str, ...],
-        spec: str,
-        conversion: str,
-    ) -> str:
-        if secret(root) or any(secret(step) for step in path):
+
+class _Field:
+    """One field of a template."""
+
+    __slots__ = ("conversion", "spec", "steps", "text")
+
+    def __init__(self, text: str, field: str, spec: str | None, conversion: str | None) -> None:
+        self.text = text
+        self.steps = _steps(_FIELD, field)
+        self.spec = spec or ""
+        self.conversion = conversion or ""
+        if "{" in self.spec:
+            raise ValueError(f"the format {self.spec!r} has a field of its own")
+        if self.conversion not in {"", "s", "r", "a"}:
+            raise ValueError(f"!{self.conversion} is no conversion")
+
+    def fill(self, values: Mapping[str, Any], redactor: Redactor) -> str:
+        name = self.steps[-1]
+        if any(map(redactor.secret, self.steps)):
             return MASK
         try:
-            value = follow(values.get(root, _MISSING), path)
-            if value is not _MISSING:
-                if conversion:
-                    value = Formatter().convert_field(value, conversion)
-                return format(value, spec)
-            reason = "the call has no such argument, attribute or item"
+            value = follow(values, self.steps)
+            if value is _MISSING:
+                reason = "the call has no such argument, attribute or item"
+            else:
+                value = redactor.value(name, value)
+                if self.conversion:
+                    value = Formatter().convert_field(value, self.conversion)
+                text = value if type(value) is str and not self.spec else format(value, self.spec)
+                # A structure in a name or tag is rare, and may hold secrets under names of its own.
+                return text if type(value) in _PLAIN and not self.conversion else redactor.printed(text)
         except Exception as exception:
             # The user's own __format__, __getitem__ or property may raise anything.
             reason = f"{type(exception).__name__} was raised"
-        field = root + "".join(f".{step}" for step in path)
-        warn_once(("template", self.text, field), "{%s} in %r is recorded as 'unknown': %s.", field, self.text, reason)
+        path = ".".join(self.steps)
+        warn_once(("template", self.text, path), "{%s} in %r is recorded as 'unknown': %s.", path, self.text, reason)
         return UNKNOWN
 
 
 def follow(value: Any, path: Sequence[str]) -> Any:
     """Follow attributes and items from a value; a private sentinel where one is missing (see `found`)."""
     for step in path:
-        if value is _MISSING:
-            return value
         if isinstance(value, Mapping):
-            value = value.get(step, _MISSING)
-            continue
-        attribute = getattr(value, step, _MISSING) if step.isidentifier() else _MISSING
-        if attribute is _MISSING and hasattr(type(value), "__getitem__"):
-            try:
-                attribute = value[int(step) if step.lstrip("-").isdigit() else step]
-            except (LookupError, TypeError):
-                attribute = _MISSING
-        value = attribute
+            found_here = value.get(step, _MISSING)
+            if found_here is _MISSING and _is_number(step):
+                found_here = value.get(int(step), _MISSING)
+            value = found_here
+        else:
+            found_here = getattr(value, step, _MISSING) if step.isidentifier() else _MISSING
+            if found_here is _MISSING and hasattr(type(value), "__getitem__"):
+                try:
+                    found_here = value[int(step) if _is_number(step) else step]
+                except (LookupError, TypeError):
+                    return _MISSING
+            value = found_here
+        if value is _MISSING:
+            break
     return value
+
+
+def _is_number(step: str) -> bool:
+    return step.removeprefix("-").isdecimal()
 
 
 def found(value: Any) -> bool:
@@ -120,24 +147,26 @@ def found(value: Any) -> bool:
     return value is not _MISSING
 
 
+@functools.lru_cache(maxsize=1024)
 def parse_path(path: str, option: str) -> tuple[str, ...]:
-    """The steps of a path such as `"report.score"` or `"scores[0]"`.
+    """The steps of a path into a result, such as `"report.score"`, `"scores[0]"` or `"rouge-L"`.
 
     Raises:
         ConfigurationError: where it is no such path.
     """
     try:
-        root, steps = _parse_path(path)
+        return _steps(_PATH, path)
     except ValueError as error:
         raise ConfigurationError(f"{option}: {path!r} is not a path of attributes and items: {error}") from None
-    return (root, *steps)
 
 
-def _parse_path(path: str) -> tuple[str, tuple[str, ...]]:
-    match = _PATH.fullmatch(path)
+def _steps(form: re.Pattern[str], path: str) -> tuple[str, ...]:
+    match = form.fullmatch(path)
     if match is None:
         raise ValueError(f"{path!r} is no field")
-    steps = tuple((attribute or item).strip("\"'") for attribute, item in _STEP.findall(match[2]))
+    root = match[1].rstrip() if match[1][0] != "[" else ""
+    rest = _STEP.findall(match[2] if root else match[1] + match[2])
+    steps = tuple((attribute.rstrip() or item).strip("\"'") for attribute, item in rest)
     if any(step.startswith("_") for step in steps):
         raise ValueError(f"{path!r} reaches into something private")
-    return match[1], steps
+    return (root, *steps) if root else steps

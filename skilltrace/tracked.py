@@ -399,16 +399,16 @@ async def _adrive(
 # A tracked module, or class of modules, only carries a mark (its specs); nothing of it is replaced by a proxy. So it
 # stays what it was for copying, pickling, saving, loading and optimizing. The hook on dspy.Module looks for the mark.
 
-_Inside = tuple[tuple[int, Any], ...]
+_Running = tuple[Any, tuple[Any, ...]] | None
 
-# The methods of modules that are running in this context, as (id of the module, method). One that another delegates to
-# (`__call__` to `forward`, an override to its base's) is still the same call; the same one again is a recursion.
-_inside: contextvars.ContextVar[_Inside] = contextvars.ContextVar("skilltrace_inside", default=())
+# The innermost tracked module that is called in this context, and its methods that this call has come through. One that
+# another delegates to (`__call__` to `forward`, an override to its base's) is the same call; the same again is another.
+_running: contextvars.ContextVar[_Running] = contextvars.ContextVar("skilltrace_running", default=None)
 
 
 def _track_class(spec: Spec, cls: Any) -> Any:
     for name in _ENTRY_POINTS:
-        method = cls.__dict__.get(name)
+        method = inspect.getattr_static(cls, name, None)
         if isinstance(method, TrackedFunction) and _spec_of(method).same_run(spec):
             setattr(cls, name, method.__wrapped__)  # decorated twice: one run
     setattr(cls, _MARK, (*(mark for mark in cls.__dict__.get(_MARK, ()) if not mark.same_run(spec)), spec))
@@ -443,12 +443,9 @@ def _hook_entry_points(cls: type) -> None:
     `__call__` and `acall` are hooked on dspy.Module, for all. A class that defines an entry point of its own is hooked
     itself: with plain functions, for wrapt's stay in a module's `__dict__` when an optimizer patches its `forward`.
     """
-    dspy_bridge.hook_modules(_is_marked, _call_module, _acall_module)
     base = sys.modules["dspy"].Module
     for owner in cls.__mro__:
-        if owner is base:
-            break
-        for name in _ENTRY_POINTS:
+        for name in _ENTRY_POINTS if owner not in base.__mro__ else ():
             method = owner.__dict__.get(name)
             if inspect.isfunction(method) and not hasattr(method, "skilltrace"):
                 setattr(owner, name, _hooked_method(method))
@@ -487,17 +484,17 @@ def _hook_subclasses(cls: Any) -> None:
     cls.__init_subclass__ = classmethod(__init_subclass__)
 
 
-def _module_calls(
+def _begin_module_calls(
     module: Any, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[_Call], _Inside]:
+) -> tuple[list[_Call], _Running]:
     """Open the runs of a module's call: none where another of its entry points has done so and delegates to this."""
-    inside = _inside.get()
-    _inside.set((*inside, (id(module), method)))
-    delegated = inside and inside[-1][0] == id(module) and (id(module), method) not in inside
-    if delegated:
-        return [], inside
+    before = _running.get()
+    if before is not None and before[0] is module and method not in before[1]:
+        _running.set((module, (*before[1], method)))
+        return [], before
+    _running.set((module, (method,)))
     opened = [_begin(_module_site(spec, type(module)), module, args, kwargs) for spec in _marks(module)]
-    return [call for call in opened if call is not None], inside
+    return [call for call in opened if call is not None], before
 
 
 _binders: weakref.WeakKeyDictionary[type, capture.Binder] = weakref.WeakKeyDictionary()
@@ -511,38 +508,39 @@ def _module_site(spec: Spec, cls: type) -> _Site:
     return _Site(spec, cls.__name__, cls.__name__, binder, is_module=True)
 
 
-def _end_module_calls(calls: list[_Call], exception: BaseException | None, result: Any) -> None:
-    # GEPA's bootstrap has a module return (prediction, trace).
-    if type(result) is tuple and len(result) == 2 and isinstance(result[1], list) and hasattr(result[0], "toDict"):
-        result = result[0]
+def _end_module_calls(calls: list[_Call], exception: BaseException | None, result: Any = None) -> None:
     for call in reversed(calls):
         call.end(exception, result)
 
 
 def _call_module(module: Any, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    calls, before = _module_calls(module, method, args, kwargs)
+    calls, before = _begin_module_calls(module, method, args, kwargs)
     try:
         result = method(module, *args, **kwargs)
     except BaseException as exception:
-        _end_module_calls(calls, exception, None)
+        _end_module_calls(calls, exception)
         raise
     finally:
-        _inside.set(before)
-    _end_module_calls(calls, None, result)
+        _running.set(before)
+    _end_module_calls(calls, None, dspy_bridge.prediction_of(module, result))
     return result
 
 
 async def _acall_module(module: Any, method: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    calls, before = _module_calls(module, method, args, kwargs)
+    calls, before = _begin_module_calls(module, method, args, kwargs)
     try:
         result = await method(module, *args, **kwargs)
     except BaseException as exception:
-        _end_module_calls(calls, exception, None)
+        _end_module_calls(calls, exception)
         raise
     finally:
-        _inside.set(before)
-    _end_module_calls(calls, None, result)
+        _running.set(before)
+    _end_module_calls(calls, None, dspy_bridge.prediction_of(module, result))
     return result
+
+
+# At DSPy's import, not at the first decoration: a program may come from `dspy.load` with its mark.
+dspy_bridge.on_import(lambda: dspy_bridge.hook_modules(_is_marked, _call_module, _acall_module))
 
 
 # --- the public names ------------------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _STYLES = {"FINISHED": "green", "FAILED": "red", "KILLED": "yellow", "RUNNING": "cyan"}
 _MOST_METRICS = 3
@@ -34,6 +35,9 @@ class Node:
 
 def draw(roots: Sequence[Node]) -> Table:
     """The trees, a line a run: name, status, duration, LM calls, tokens, and the metrics that are the user's own."""
+    from rich.table import Table  # a third of a second on a slow machine: only for those who look
+    from rich.text import Text
+
     table = Table.grid(padding=(0, 3))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
