@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import datetime
+import datetime as dt
 import decimal
 import enum
+import functools
 import io
 import math
 import numbers
@@ -27,7 +28,8 @@ import re
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, ValuesView
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, ValuesView
+from collections.abc import Set as AbstractSet
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -55,6 +57,8 @@ _MAX_SECONDS_ALL = 10.0  # for all files of a result
 _MAX_FILES = 100
 _MAX_FIELDS = 100_000
 _MAX_CELLS = 500_000
+_SMALLEST, _LARGEST = -(2**63), 2**63 - 1  # integers that readers of JSON take; all but a few floats are in between
+_LOOK = 1 << 16  # bytes of JSON after which the clock is looked at
 _MARGIN = 4096  # characters behind a cut that are looked at too: a credential may stand across it
 
 _CUT = "cut by skilltrace"
@@ -92,7 +96,7 @@ def register(type_: type[T], *, suffix: str | None = None) -> Callable[[Callable
         raise ConfigurationError(f"suffix={suffix!r} is not a file suffix such as '.svg'")
 
     def decorator(function: Callable[[T], Any]) -> Callable[[T], Any]:
-        _registered[type_] = _Reader(_Role.FILE, lambda value, _: function(value), suffix)
+        _registered[type_] = _Reader(_IS_FILE, lambda value, _: function(value), suffix)
         _exact.pop(type_, None)
         _by_type.clear()
         return function
@@ -139,7 +143,7 @@ def of_result(
                 warn_once(("artifact", path), "The artifact %r is not recorded: the result has no %r.", path, pick)
             elif part is not None:
                 layout.add_at(path, part)
-    return layout.artifacts
+    return layout.finished()
 
 
 def of_value(path: str, value: Any, *, redactor: Redactor, max_bytes: int) -> Artifact:
@@ -150,7 +154,7 @@ def of_value(path: str, value: Any, *, redactor: Redactor, max_bytes: int) -> Ar
     """
     layout = _Layout(redactor, max_bytes, ())
     layout.add_at(safe_path(path), value)
-    return layout.artifacts[0]
+    return layout.finished()[0]
 
 
 def safe_path(path: str | os.PathLike[str]) -> str:
@@ -176,6 +180,7 @@ def safe_path(path: str | os.PathLike[str]) -> str:
     return "/".join(parts)
 
 
+@functools.lru_cache(maxsize=1024)
 def file_name(name: str) -> str:
     """A name as one file name that every store takes."""
     # Stores count bytes, and have room for 255.
@@ -186,52 +191,59 @@ def file_name(name: str) -> str:
 # --- what is to be done with a value, by its type --------------------------------------------------------------------
 
 
-class _Role(enum.Enum):
-    TEXT = "text"
-    SCALAR = "scalar"  # None, or a boolean or a number of Python's own
-    BYTES = "bytes"
-    FIELDS = "fields"  # mapping-like: read as pairs
-    ITEMS = "items"
-    AS = "as"  # stands for another value, as which it is read
-    FILE = "file"  # has a serializer
-    UNKNOWN = "unknown"
+# The roles; plain texts, as an enum's members take longer to get at.
+_IS_TEXT = "text"
+_IS_SCALAR = "scalar"  # None, or a boolean or a number of Python's own
+_IS_BYTES = "bytes"
+_IS_FIELDS = "fields"  # mapping-like: read as pairs
+_IS_ITEMS = "items"
+_IS_OTHER = "other"  # stands for another value, as which it is read
+_IS_FILE = "file"  # has a serializer
+_IS_UNKNOWN = "unknown"
 
 
 class _Reader(NamedTuple):
     """How the values of a type are read: the function may run the user's code, and so may raise."""
 
-    role: _Role
+    role: str
     read: Callable[[Any, Redactor], Any]
     suffix: str | None = None
 
 
 def _as(read: Callable[[Any], Any]) -> _Reader:
-    return _Reader(_Role.AS, lambda value, _: read(value))
+    return _Reader(_IS_OTHER, lambda value, _: read(value))
 
 
 def _fields(read: Callable[[Any], Iterable[tuple[Any, Any]]]) -> _Reader:
-    return _Reader(_Role.FIELDS, lambda value, _: read(value))
+    return _Reader(_IS_FIELDS, lambda value, _: read(value))
 
 
 def _items(read: Callable[[Any], Iterable[Any]]) -> _Reader:
-    return _Reader(_Role.ITEMS, lambda value, _: read(value))
+    return _Reader(_IS_ITEMS, lambda value, _: read(value))
 
 
 def _same(value: Any, _: Any = None) -> Any:
     return value
 
 
-_UNKNOWN = _Reader(_Role.UNKNOWN, _same)
-_TEXT = _Reader(_Role.TEXT, _same)
-_DICT = _fields(lambda value: dict(value).items())  # a copy: another thread may change it meanwhile
-_LIST = _items(_same)
-_SET = _items(lambda value: _sorted(value))
-_BYTES = _Reader(_Role.BYTES, lambda value, _: bytes(value))
+def _sorted(values: set[Any]) -> list[Any]:
+    try:
+        return sorted(values)
+    except Exception:
+        return list(values)
+
+
+_UNKNOWN = _Reader(_IS_UNKNOWN, _same)
+_TEXT = _Reader(_IS_TEXT, _same)
+_DICT = _Reader(_IS_FIELDS, lambda value, _: dict(value).items())  # a copy: another thread may change it meanwhile
+_LIST = _Reader(_IS_ITEMS, _same)
+_SET = _items(_sorted)
+_BYTES = _Reader(_IS_BYTES, lambda value, _: bytes(value))
 
 _registered: dict[type, _Reader] = {}
 _by_type: weakref.WeakKeyDictionary[type, _Reader] = weakref.WeakKeyDictionary()
 _exact: dict[type, _Reader] = {
-    **dict.fromkeys((type(None), bool, int, float), _Reader(_Role.SCALAR, _same)),
+    **dict.fromkeys((type(None), bool, int, float), _Reader(_IS_SCALAR, _same)),
     **dict.fromkeys((list, tuple), _LIST),
     **dict.fromkeys((bytes, bytearray, memoryview), _BYTES),
     **dict.fromkeys((set, frozenset), _SET),
@@ -265,9 +277,9 @@ def _own_reader(kind: type) -> _Reader:
             return reader
     if dataclasses.is_dataclass(kind):
         return _attributes([field.name for field in dataclasses.fields(kind)])
-    names = getattr(kind, "_fields", None)
+    names: Any = getattr(kind, "_fields", None)
     if issubclass(kind, tuple):
-        return _fields(lambda value: list(zip(names, value, strict=False))) if isinstance(names, tuple) else _LIST
+        return _fields(lambda value: zip(names, value, strict=False)) if isinstance(names, tuple) else _LIST
     if getattr(kind, "__pydantic_root_model__", False):
         return _as(lambda value: value.root)
     names = getattr(kind, "model_fields", None)
@@ -288,7 +300,7 @@ def _own_reader(kind: type) -> _Reader:
         return _fields(_to_dict)
     if issubclass(kind, Mapping):
         return _fields(lambda value: _in_time(((key, value[key]) for key in value), (f"[{_CUT}]", _OVER_TIME)))
-    if issubclass(kind, (Sequence, Set, ValuesView)):
+    if issubclass(kind, (Sequence, AbstractSet, ValuesView)):
         return _items(lambda value: _in_time(iter(value), _OVER_TIME))
     if kind.__module__.partition(".")[0] == "numpy" and hasattr(kind, "tolist"):
         return _as(_numpy)
@@ -328,13 +340,6 @@ def _in_time(items: Iterator[T], cut: T) -> Iterator[T]:
             return
 
 
-def _sorted(values: set[Any]) -> list[Any]:
-    try:
-        return sorted(values)
-    except Exception:
-        return list(values)
-
-
 def _numpy(value: Any) -> Any:
     if getattr(value, "size", 0) <= _MAX_CELLS:
         return value.tolist()
@@ -343,7 +348,7 @@ def _numpy(value: Any) -> Any:
 
 def _big(value: int) -> int | str:
     # Beyond 64 bits most readers of JSON lose digits; Python itself does not print an integer of thousands of digits.
-    if -(2**63) <= value < 2**63:
+    if _SMALLEST <= value <= _LARGEST:
         return value
     return str(value) if value.bit_length() < 10_000 else hex(value)
 
@@ -359,11 +364,11 @@ _BASES: tuple[tuple[Any, _Reader], ...] = (
     (list, _LIST),
     ((set, frozenset), _SET),
     ((pathlib.PurePath, uuid.UUID, decimal.Decimal, complex, collections.UserString), _as(str)),
-    ((datetime.date, datetime.time), _as(lambda value: value.isoformat())),
-    (datetime.timedelta, _as(lambda value: value.total_seconds())),
+    ((dt.date, dt.time), _as(lambda value: value.isoformat())),
+    (dt.timedelta, _as(lambda value: value.total_seconds())),
     (numbers.Integral, _as(int)),
     (numbers.Real, _as(float)),
-    (BaseException, _Reader(_Role.AS, lambda value, redactor: redactor.printed(f"{type(value).__name__}: {value}"))),
+    (BaseException, _Reader(_IS_OTHER, lambda value, redactor: redactor.printed(f"{type(value).__name__}: {value}"))),
     (type, _as(lambda value: f"{value.__module__}.{value.__qualname__}")),
 )
 
@@ -371,7 +376,7 @@ _BASES: tuple[tuple[Any, _Reader], ...] = (
 def fields_of(value: Any, redactor: Redactor) -> Iterable[tuple[Any, Any]] | None:
     """The fields of a mapping-like value as pairs, or None where it has none. Reading them may raise anything."""
     reader = _reader_of(type(value))
-    return reader.read(value, redactor) if reader.role is _Role.FIELDS else None
+    return reader.read(value, redactor) if reader.role is _IS_FIELDS else None
 
 
 def _key_text(key: Any, redactor: Redactor) -> str:
@@ -386,11 +391,10 @@ def _key_text(key: Any, redactor: Redactor) -> str:
 def _settled(value: Any, redactor: Redactor) -> tuple[_Reader, Any]:
     """A value, or what it stands for, with how it is read."""
     reader = _reader_of(type(value))
-    for _ in range(10):
-        if reader.role is not _Role.AS:
-            break
+    steps = 0
+    while reader.role is _IS_OTHER and steps < 10:
         value = reader.read(value, redactor)
-        reader = _reader_of(type(value))
+        reader, steps = _reader_of(type(value)), steps + 1
     return reader, value
 
 
@@ -438,6 +442,18 @@ def _module_of(kind: type) -> str:
     return str(type.__dict__["__module__"].__get__(kind))
 
 
+def _is_small(field: str, value: Any, redactor: Redactor) -> bool:
+    """Whether a field belongs into result.json."""
+    if type(value) is not str:
+        try:
+            reader, value = _settled(value, redactor)
+        except Exception:
+            return True  # a note will stand there
+        if reader.role is not _IS_TEXT:
+            return reader.role is _IS_SCALAR
+    return len(value) < LONG_TEXT and "\n" not in value and field not in _DOCUMENTS
+
+
 # --- the files of a result -------------------------------------------------------------------------------------------
 
 
@@ -445,11 +461,23 @@ class _Layout:
     """Collects the files of one result; no two get the same path."""
 
     def __init__(self, redactor: Redactor, max_bytes: int, taken: Iterable[str]) -> None:
-        self.artifacts: list[Artifact] = []
+        self._artifacts: list[Artifact] = []
         self._redactor = redactor
         self._max_bytes = max_bytes
         self._taken = {path.casefold() for path in taken}
+        self._json = JsonTree(redactor, max_bytes)
+        self._texts = self._json.texts
         self._deadline = time.monotonic() + _MAX_SECONDS_ALL
+
+    def finished(self) -> list[Artifact]:
+        """All files, without credentials. Most results hold none: all of their texts are looked through at once."""
+        redactor = self._redactor
+        if not redactor.suspects("\n".join(self._texts)):
+            return self._artifacts
+        return [
+            Artifact(file.path, file.text and redactor.text(file.text), masked(file.json, redactor), file.data)
+            for file in self._artifacts
+        ]
 
     def add_result(self, result: Any, name: str) -> None:
         """By field where it has fields, else as one file."""
@@ -463,7 +491,7 @@ class _Layout:
                 return
             for field, value in islice(fields, _MAX_FIELDS):
                 text = field if type(field) is str else _key_text(field, redactor)
-                if redactor.secret(text) or self._is_small(text, value) or len(files) >= _MAX_FILES:
+                if _is_small(text, value, redactor) or redactor.secret(text) or len(files) >= _MAX_FILES:
                     scalars[field] = value
                 else:
                     files.append((text, value))
@@ -472,26 +500,12 @@ class _Layout:
             self._put_text(f"{file_name(name)}.txt", _safe_repr(result, redactor))
             return
         if scalars:
-            self._put(Artifact("result.json", json=self._tree(scalars)))
+            self._put(Artifact("result.json", json=self._json.unmasked(scalars)))
         for field, value in files:
             self._add(field, redactor.value(field, value))
         if len(files) >= _MAX_FILES:
             warn_once(("files", name), "The result of %r has more than %d fields that are files of their own; the rest "
                       "is in result.json.", name, _MAX_FILES)  # fmt: skip
-
-    def _is_small(self, field: str, value: Any) -> bool:
-        """Whether a field belongs into result.json."""
-        if type(value) is not str:
-            role = _reader_of(type(value)).role
-            if role is not _Role.AS:
-                return role is _Role.SCALAR
-            try:
-                reader, value = _settled(value, self._redactor)
-            except Exception:
-                return True  # a note will stand there
-            if reader.role is not _Role.TEXT:
-                return reader.role is _Role.SCALAR
-        return len(value) < LONG_TEXT and "\n" not in value and field not in _DOCUMENTS
 
     def add_at(self, path: str, value: Any) -> None:
         """The whole value as one file at a path that the user chose."""
@@ -506,8 +520,8 @@ class _Layout:
             return
         try:
             reader, value = _settled(value, redactor)
-            content, suffix = reader.read(value, redactor) if reader.role is _Role.FILE else value, reader.suffix
-            if reader.role is _Role.BYTES or isinstance(content, (bytes, bytearray, memoryview)):
+            content, suffix = reader.read(value, redactor) if reader.role is _IS_FILE else value, reader.suffix
+            if reader.role is _IS_BYTES or isinstance(content, (bytes, bytearray, memoryview)):
                 self._put_data(path or stem + (suffix or ".bin"), bytes(content))
                 return
         except Exception as exception:
@@ -516,14 +530,12 @@ class _Layout:
             return
         if isinstance(content, str):
             self._put_text(path or stem + (suffix or ".md"), str.__str__(content))
-        elif reader.role is _Role.UNKNOWN and not (path or "").endswith((".json", ".yaml", ".yml")):
+        elif reader.role is _IS_UNKNOWN and not (path or "").endswith((".json", ".yaml", ".yml")):
             self._put_text(path or f"{stem}.txt", _repr_of_unknown(content, redactor))
         else:
-            self._put(Artifact(path or stem + (suffix or ".json"), json=self._tree(content, reader)))
-
-    def _tree(self, value: Any, reader: _Reader | None = None) -> Any:
-        serialized_by = reader if reader is not None and reader.role is _Role.FILE else None
-        return JsonTree(self._redactor, self._max_bytes).of(value, serialized_by)
+            serialized_by = reader if reader.role is _IS_FILE else None
+            json = self._json.unmasked(content, serialized_by)
+            self._put(Artifact(path or stem + (suffix or ".json"), json=json))
 
     def _put_text(self, path: str, text: str) -> None:
         size, limit = len(text), self._max_bytes
@@ -533,7 +545,7 @@ class _Layout:
             kept = text.encode("utf-8", "replace")[: limit - 120].decode("utf-8", "ignore")
             text = f"{kept}\n[{_CUT}: {len(kept):,} of {size:,} characters; see max_artifact_bytes]\n"
         else:
-            text = self._redactor.text(text)
+            self._texts.append(text)
         self._put(Artifact(path, text=text))
 
     def _put_data(self, path: str, data: bytes) -> None:
@@ -544,16 +556,16 @@ class _Layout:
             self._put(Artifact(path, data=data))
 
     def _put(self, artifact: Artifact) -> None:
-        folder, slash, file = artifact.path.rpartition("/")
-        stem, suffix = os.path.splitext(file)
-        number, path = 2, artifact.path
         # Without regard to case: some stores have none.
-        while path.casefold() in self._taken:
-            path, number = f"{folder}{slash}{stem}_{number}{suffix}", number + 1
-        self._taken.add(path.casefold())
-        if path != artifact.path:
+        if (key := artifact.path.casefold()) in self._taken:
+            folder, slash, file = artifact.path.rpartition("/")
+            stem, dot, suffix = file.rpartition(".") if "." in file else (file, "", "")
+            number = 2
+            while (key := (path := f"{folder}{slash}{stem}_{number}{dot}{suffix}").casefold()) in self._taken:
+                number += 1
             artifact = Artifact(path, artifact.text, artifact.json, artifact.data)
-        self.artifacts.append(artifact)
+        self._taken.add(key)
+        self._artifacts.append(artifact)
 
 
 # --- a value as JSON -------------------------------------------------------------------------------------------------
@@ -573,76 +585,95 @@ class JsonTree:
     """
 
     def __init__(self, redactor: Redactor, max_bytes: int) -> None:
+        self.texts: list[str] = []
         self._redactor = redactor
-        self._left = max_bytes
-        self._look = max(0, max_bytes - (1 << 16))  # the clock is looked at each time that 64 KiB more are written
-        self._deadline = time.monotonic() + _MAX_SECONDS
+        self._max_bytes = max_bytes
         self._open: set[int] = set()
-        self._texts: list[str] = []
 
-    def of(self, value: Any, serialized_by: _Reader | None = None) -> Any:
-        """The value as None, bool, int, float, str, list or dict. Never raises.
+    def of(self, value: Any) -> Any:
+        """The value as None, bool, int, float, str, list or dict. Never raises."""
+        tree = self.unmasked(value)
+        return masked(tree, self._redactor) if self._redactor.suspects("\n".join(self.texts)) else tree
+
+    def unmasked(self, value: Any, serialized_by: _Reader | None = None) -> Any:
+        """The same with the credentials that stand in its texts, if any; the texts are added to `texts`.
 
         Args:
             value: The value.
             serialized_by: The serializer whose content the value is; it is not asked again.
         """
-        tree = self._of(value, 0, serialized_by)
-        # Most results hold no credential: all of their texts are looked through at once.
-        return self._masked(tree) if self._redactor.suspects("\n".join(self._texts)) else tree
+        self._left = self._max_bytes
+        self._look = max(0, self._left - _LOOK)
+        self._deadline = time.monotonic() + _MAX_SECONDS
+        return self._of(value, 0, serialized_by)
 
     def _of(self, value: Any, depth: int, serialized_by: _Reader | None = None) -> Any:
         kind = type(value)
-        if kind is str:
-            return self._text(value)
         self._left -= 8
-        if value is None or kind is bool:
-            return value
-        if kind is float:
-            return value if math.isfinite(value) else str(value)
-        if kind is int:
-            return _big(value)
-        if (self._left < self._look or (kind is not dict and kind is not list)) and (stop := self._stop()):
-            return stop
+        if kind is not dict and kind is not list:
+            if kind is str:
+                return self._text(value)
+            if value is None or kind is bool:
+                return value
+            if kind is float:
+                return value if math.isfinite(value) else str(value)
+            if kind is int:
+                return _big(value)
+            # The user's code may run, and take any time.
+            if stop := self._stop():
+                return stop
         if depth > _MAX_DEPTH:
             return _OVER_DEPTH
-        if id(value) in self._open:
+        identity = id(value)
+        if identity in self._open:
             return f"[cycle: {_name_of(kind)}]"
-        self._open.add(id(value))
+        self._open.add(identity)
         try:
-            reader = _reader_of(kind)
-            return self._read(_own_reader(kind) if reader is serialized_by else reader, value, depth + 1)
+            reader = _exact.get(kind) or _reader_of(kind)
+            if reader is serialized_by:
+                reader = _own_reader(kind)
+            role = reader.role
+            if role is _IS_UNKNOWN:
+                return self._text(_repr_of_unknown(value, self._redactor))
+            content = reader.read(value, self._redactor)
+            if role is _IS_FIELDS:
+                return self._mapping(content, depth + 1)
+            if role is _IS_ITEMS:
+                return self._sequence(content, depth + 1)
+            if isinstance(content, bytes):
+                return f"[{len(content):,} bytes]"
+            return self._of(content, depth + 1, reader if role is _IS_FILE else None)
         except Exception as exception:
             return _unreadable(kind, exception)
         finally:
-            self._open.discard(id(value))
+            self._open.discard(identity)
 
-    def _read(self, reader: _Reader, value: Any, depth: int) -> Any:
-        role = reader.role
-        if role is _Role.UNKNOWN:
-            return self._text(_repr_of_unknown(value, self._redactor))
-        content = reader.read(value, self._redactor)
-        if role is _Role.FIELDS:
-            return self._mapping(content, depth)
-        if role is _Role.ITEMS:
-            return self._sequence(content, depth)
-        if isinstance(content, bytes):
-            return f"[{len(content):,} bytes]"
-        return self._of(content, depth, reader if role is _Role.FILE else None)
+    # Nearly all of the time is spent in the next two, on texts and numbers; so these are taken there, without a call.
 
     def _mapping(self, fields: Iterable[tuple[Any, Any]], depth: int) -> dict[str, Any]:
         tree: dict[str, Any] = {}
-        redactor = self._redactor
+        redactor, plain_names = self._redactor, self._redactor.plain_names
         for key, value in fields:
             if self._left < self._look and (stop := self._stop()):
                 tree[f"[{_CUT}]"] = stop
                 break
-            text = key if type(key) is str else _key_text(key, redactor)
-            secret, name = redactor.names[text]
+            name = key
+            if type(key) is not str or key not in plain_names:
+                text = key if type(key) is str else _key_text(key, redactor)
+                secret, name = redactor.names[text]
+                value = MASK if secret else redactor.value(text, value)  # noqa: PLW2901  # what is recorded of it
             if name in tree:
-                name = self._unique(name, tree)
-            self._left -= len(name) + depth
-            tree[name] = MASK if secret else self._of(redactor.value(text, value), depth)
+                name = _unique(name, tree)
+            kind = type(value)
+            size = 12 + depth + len(name)
+            if kind is str and value.isascii() and (size := size + len(value)) < self._left:
+                self.texts.append(value)
+                tree[name] = value
+            elif (kind is float or kind is int) and _SMALLEST <= value <= _LARGEST:
+                tree[name] = value
+            else:
+                tree[name] = self._of(value, depth)
+            self._left -= size
         return tree
 
     def _sequence(self, items: Iterable[Any], depth: int) -> list[Any]:
@@ -651,8 +682,16 @@ class JsonTree:
             if self._left < self._look and (stop := self._stop()):
                 tree.append(stop)
                 break
-            self._left -= depth
-            tree.append(self._of(item, depth))
+            kind = type(item)
+            size = 8 + depth
+            if (kind is float or kind is int) and _SMALLEST <= item <= _LARGEST:
+                tree.append(item)
+            elif kind is str and item.isascii() and (size := size + len(item)) < self._left:
+                self.texts.append(item)
+                tree.append(item)
+            else:
+                tree.append(self._of(item, depth))
+            self._left -= size
         return tree
 
     def _stop(self) -> str | None:
@@ -662,33 +701,36 @@ class JsonTree:
         if time.monotonic() > self._deadline:
             return _OVER_TIME
         if self._left < self._look:
-            self._look = max(0, self._left - (1 << 16))
+            self._look = max(0, self._left - _LOOK)
         return None
-
-    def _unique(self, name: str, tree: dict[str, Any]) -> str:
-        number = 2
-        while f"{name} ({number})" in tree:
-            number += 1
-        return f"{name} ({number})"
 
     def _text(self, text: str) -> str:
         size = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
-        self._left -= size + 4
+        self._left -= size
         if self._left >= 0:
-            self._texts.append(text)
+            self.texts.append(text)
             return text
         room = max(0, size + self._left)
         text = self._redactor.text(text[: room + _MARGIN])
         return text.encode("utf-8", "replace")[:room].decode("utf-8", "ignore") + _OVER_SIZE
 
-    def _masked(self, tree: Any) -> Any:
-        if type(tree) is str:
-            return self._redactor.text(tree)
-        if type(tree) is dict:
-            return {name: self._masked(value) for name, value in tree.items()}
-        if type(tree) is list:
-            return [self._masked(value) for value in tree]
-        return tree
+
+def _unique(name: str, tree: Mapping[str, Any]) -> str:
+    number = 2
+    while f"{name} ({number})" in tree:
+        number += 1
+    return f"{name} ({number})"
+
+
+def masked(tree: Any, redactor: Redactor) -> Any:
+    """A tree with the credentials in its texts masked."""
+    if type(tree) is str:
+        return redactor.text(tree)
+    if type(tree) is dict:
+        return {name: masked(value, redactor) for name, value in tree.items()}
+    if type(tree) is list:
+        return [masked(value, redactor) for value in tree]
+    return tree
 
 
 # --- the types of other packages, found by the package and name of a class: none is imported here --------------------
@@ -746,13 +788,13 @@ def _short_repr(value: Any, _: Redactor) -> str:
 
 
 _FOREIGN: dict[tuple[str, str], _Reader] = {
-    ("pandas", "DataFrame"): _Reader(_Role.FILE, _data_frame_csv, ".csv"),
-    ("polars", "DataFrame"): _Reader(_Role.FILE, _data_frame_csv, ".csv"),
-    ("matplotlib", "Figure"): _Reader(_Role.FILE, _pyplot_png, ".png"),
-    ("plotly", "BaseFigure"): _Reader(_Role.FILE, _plotly_html, ".html"),
-    ("PIL", "Image"): _Reader(_Role.FILE, _pillow_png, ".png"),
-    ("dspy", "Module"): _Reader(_Role.FILE, _module_state, ".json"),
+    ("pandas", "DataFrame"): _Reader(_IS_FILE, _data_frame_csv, ".csv"),
+    ("polars", "DataFrame"): _Reader(_IS_FILE, _data_frame_csv, ".csv"),
+    ("matplotlib", "Figure"): _Reader(_IS_FILE, _pyplot_png, ".png"),
+    ("plotly", "BaseFigure"): _Reader(_IS_FILE, _plotly_html, ".html"),
+    ("PIL", "Image"): _Reader(_IS_FILE, _pillow_png, ".png"),
+    ("dspy", "Module"): _Reader(_IS_FILE, _module_state, ".json"),
     # Their own dumps hold a whole file as base64; the repr says what it was.
-    ("dspy", "Image"): _Reader(_Role.FILE, _short_repr, ".txt"),
-    ("dspy", "Audio"): _Reader(_Role.FILE, _short_repr, ".txt"),
+    ("dspy", "Image"): _Reader(_IS_FILE, _short_repr, ".txt"),
+    ("dspy", "Audio"): _Reader(_IS_FILE, _short_repr, ".txt"),
 }

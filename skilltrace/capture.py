@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import decimal
 import enum
+import functools
 import inspect
 import math
 import numbers
+import pathlib
 import re
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -29,7 +33,13 @@ LONGEST_LOGGED_PARAM = 6000
 # characters). It cuts longer values without a word, and some stores refuse them.
 _LONGEST_KEY = 250
 _LONGEST_TAG = 8000
+_MOST_METRICS = 1000
 _BAD_KEY = re.compile(r"[^\w\-. :/]")
+_OWN_TAGS = frozenset({"skilltrace.key", "skilltrace.kind"})  # delivery finds a run by them
+
+# Arguments that are params: their text is short, says all, and runs none of the user's code.
+_SCALARS = (str, numbers.Number, pathlib.PurePath, uuid.UUID, dt.date, dt.time, dt.timedelta)
+_STRUCTURES = (str, bytes, int, float, list, set, tuple, type)  # they have no fields to look for
 
 MetricsOption = bool | Iterable[str] | Mapping[str, "str | Callable[[Any], Any]"]
 
@@ -66,32 +76,44 @@ class Binder:
 
 
 def identity_tags(arguments: Mapping[str, Any], first: str | None) -> dict[str, str]:
-    """`job_id`, `user_id` and `skill_type`, from the arguments and their fields."""
+    """`job_id`, `user_id` and `skill_type`, from the arguments and their fields.
+
+    Args:
+        arguments: The arguments by name.
+        first: The one that is the method's owner, which is not looked into.
+    """
     tags: dict[str, str] = {}
     for name in IDENTITY:
-        value = arguments.get(name)
-        if value is None:
+        text = _scalar_text(arguments.get(name))
+        if not text:
             for key, argument in arguments.items():
-                if key != first and (value := _field(argument, name)) is not None:
+                if key != first and (text := _scalar_text(_field(argument, name))):
                     break
-        if value is not None and (text := _scalar_text(value)) is not None:
+        if text:
             tags[name] = text
     return tags
 
 
 def _field(argument: Any, name: str) -> Any:
-    if argument is None or isinstance(argument, (str, bytes, int, float, list, tuple, type)):
-        return getattr(argument, name, None) if hasattr(type(argument), "_fields") else None
-    if isinstance(argument, Mapping):
-        return argument.get(name)
-    # Not getattr: an argument may be a client or a mock that answers to any name, or computes on being asked.
-    fields = getattr(argument, "__dict__", None)
-    if isinstance(fields, dict) and name in fields:
-        return fields[name]
-    slots = getattr(type(argument), name, None)
-    if inspect.ismemberdescriptor(slots):
-        return getattr(argument, name, None)
-    return _field(fields["_store"], name) if isinstance(fields, dict) and "_store" in fields else None  # dspy.Example
+    """A field of an argument; None where it has none.
+
+    Not by getattr: an argument may be a client or a mock that answers to any name, or computes on being asked.
+    """
+    kind = type(argument)
+    try:
+        if argument is None or issubclass(kind, _STRUCTURES):
+            return getattr(argument, name) if name in getattr(kind, "_fields", ()) else None
+        if issubclass(kind, Mapping):
+            return argument.get(name)
+        fields = object.__getattribute__(argument, "__dict__") if hasattr(kind, "__dict__") else {}
+        if name in fields:
+            return fields[name]
+        if inspect.ismemberdescriptor(getattr(kind, name, None)):  # a class with __slots__
+            return getattr(argument, name)
+        store = fields.get("_store")  # dspy.Example
+        return store.get(name) if type(store) is dict else None
+    except Exception:
+        return None  # the argument's own code raised: it tells nobody who the call is for
 
 
 def params(
@@ -101,30 +123,29 @@ def params(
     if option is False:
         return {}
     wanted = None if option is True else frozenset(option)
-    found_params: dict[str, str] = {}
-    for name, value in arguments.items():
+    texts: dict[str, str] = {}
+    for name, argument in arguments.items():
         if name == first or (wanted is not None and name not in wanted) or redactor.secret(name):
             continue
-        text = _scalar_text(redactor.value(name, value))
+        value = redactor.value(name, argument)
+        text = "None" if value is None else _scalar_text(value)
         if text is not None and len(text) <= LONGEST_PARAM:
-            found_params[clean_key(name)] = redactor.text(text)
-    return found_params
+            texts[clean_key(name)] = text
+    return redactor.texts(texts)
 
 
-def metrics(result: Any, option: MetricsOption) -> dict[str, float]:
-    """Numbers of the result: its top-level fields, or those that the option names or computes."""
+def metrics(result: Any, option: MetricsOption, redactor: Redactor = Redactor()) -> dict[str, float]:
+    """Numbers of the result: its top-level fields, or those that the option names or computes.
+
+    Args:
+        result: What the call returned.
+        option: The decorator's `metrics=`.
+        redactor: What keeps secrets out: a number under a secret name is no metric.
+    """
     if option is False or result is None:
         return {}
     if option is True:
-        try:
-            fields: Mapping[Any, Any] = artifact.fields_of(result) or {}
-        except Exception:
-            return {}  # the artifacts' side has said so
-        return {
-            clean_key(name): number
-            for name, value in fields.items()
-            if isinstance(name, str) and (number := as_number(value)) is not None
-        }
+        return _number_fields(result, redactor)
     picks = option if isinstance(option, Mapping) else {name: name for name in option}
     picked: dict[str, float] = {}
     for name, pick in picks.items():
@@ -137,11 +158,29 @@ def metrics(result: Any, option: MetricsOption) -> dict[str, float]:
             continue
         if not found(value):
             warn_once(("metric", name), "The metric %r is not recorded: the result has no %r.", name, pick)
-        elif (number := as_number(value)) is None:
-            warn_once(("metric", name), "The metric %r is not recorded: %s is no number.", name, type(value).__name__)
-        else:
+        elif (number := as_number(redactor.value(name, value))) is not None:
             picked[clean_key(name)] = number
+        elif not redactor.secret(name):
+            warn_once(("metric", name), "The metric %r is not recorded: %s is no number.", name, type(value).__name__)
     return picked
+
+
+def _number_fields(result: Any, redactor: Redactor) -> dict[str, float]:
+    numbers_: dict[str, float] = {}
+    try:
+        for name, value in artifact.fields_of(result, redactor) or ():
+            if as_number(value) is None or not isinstance(name, str):
+                continue
+            number = as_number(redactor.value(name, value))
+            if number is None:
+                continue
+            if len(numbers_) == _MOST_METRICS:
+                warn_once("metrics", "A result has over %d numbers; the first of them are metrics.", _MOST_METRICS)
+                break
+            numbers_[clean_key(name)] = number
+    except Exception:
+        return numbers_  # of a result that cannot be read the artifacts' side speaks
+    return numbers_
 
 
 def as_number(value: Any) -> float | None:
@@ -149,64 +188,102 @@ def as_number(value: Any) -> float | None:
     kind = type(value)
     if kind is float:
         return float(value)
-    if isinstance(value, (int, numbers.Real, decimal.Decimal)) or (
-        kind.__module__ == "numpy" and kind.__name__ == "bool"  # numpy.bool is no numbers.Real
-    ):
+    if kind is str or kind is dict or kind is list or value is None:
+        return None
+    if kind is int or kind is bool or _is_number(kind):
         try:
             return float(value)
         except OverflowError:
             return math.inf if value > 0 else -math.inf
-        except (TypeError, ValueError):
-            return None
+        except Exception:
+            return None  # a number whose own __float__ raises, or a signalling NaN
     return None
+
+
+def _is_number(kind: type) -> bool:
+    # By the type, not by isinstance: a mock may claim to be anything.
+    return issubclass(kind, (numbers.Real, decimal.Decimal)) or (
+        kind.__module__ == "numpy" and kind.__name__ in {"bool", "bool_"}  # no numbers.Real
+    )
 
 
 def _scalar_text(value: Any) -> str | None:
+    """A scalar argument's text; None for anything else."""
     kind = type(value)
     if kind is str:
         return str(value)
-    if value is None or kind is bool or kind is int or kind is float:
-        return str(value)
-    if isinstance(value, enum.Enum):
-        return str(value.value)
-    if isinstance(value, (str, numbers.Number, decimal.Decimal)) or kind.__name__ in ("UUID", "date", "datetime"):
-        try:
+    try:
+        if kind is int or kind is float or kind is bool:
             return str(value)
-        except Exception:
+        if value is None or not (issubclass(kind, (enum.Enum, *_SCALARS)) or _is_number(kind)):
             return None
-    return None
+        return exact(str(value.value if issubclass(kind, enum.Enum) else value))
+    except Exception:
+        return None  # its own __str__ raised, or an integer of thousands of digits
+
+
+def exact(text: str) -> str:
+    """The same text as `str` itself: a journal takes no subclass."""
+    return text if type(text) is str else str.__str__(text)
 
 
 def clean_key(key: str) -> str:
     """A key of a tag, param or metric as MLflow takes it; what it would refuse is replaced, with one warning."""
-    cleaned = _BAD_KEY.sub("_", key[:_LONGEST_KEY])
-    if "/" in cleaned or "." in cleaned:
-        # MLflow takes keys for paths: no empty, leading or parent parts.
-        cleaned = "/".join(part for part in cleaned.split("/") if part.strip(".")) or "_"
-    cleaned = cleaned or "_"
+    cleaned = _cleaned_key(key if type(key) is str else text_of(key))
     if cleaned != key:
         warn_once(("key", key), "The key %.60r is recorded as %.60r: MLflow would refuse it.", key, cleaned)
     return cleaned
 
 
+@functools.lru_cache(maxsize=4096)
+def _cleaned_key(key: str) -> str:
+    key = _BAD_KEY.sub("_", key[:_LONGEST_KEY])
+    # MLflow takes keys for paths, which must be relative and in their shortest form.
+    key = "/".join(part for part in key.split("/") if part.strip("."))
+    return (f"_{key[2:]}" if key.startswith("..") else key) or "_"
+
+
 def clean_tags(tags: Mapping[str, Any], redactor: Redactor) -> dict[str, str]:
-    """Tags as MLflow takes them; see `clean_tag`."""
-    return dict(clean_tag(key, value, redactor) for key, value in tags.items())
+    """Tags as MLflow takes them, without secrets; a value over its limit is cut, with one warning."""
+    texts: dict[str, str] = {}
+    for key, value in tags.items():
+        if key in _OWN_TAGS:
+            warn_once(("tag", key), "The tag %r is skilltrace's own and cannot be set.", key)
+        else:
+            texts[clean_key(key)] = _tag_text(key, value, redactor)
+    return redactor.texts(texts)
 
 
 def clean_tag(key: str, value: Any, redactor: Redactor) -> tuple[str, str]:
-    """A tag as MLflow takes it, without secrets; a value over its limit is cut, with one warning."""
-    text = value if isinstance(value, str) else text_of(value)
-    text = redactor.text(str(redactor.value(key, text)))
-    if len(text) > _LONGEST_TAG:
-        warn_once(("tag", key), "The tag %.60r is cut to %d characters: MLflow holds no more.", key, _LONGEST_TAG)
-        text = text[: _LONGEST_TAG - 1] + "…"
-    return clean_key(key), text
+    """A tag as MLflow takes it; see `clean_tags`."""
+    return clean_key(key), redactor.text(_tag_text(key, value, redactor))
+
+
+def _tag_text(key: str, value: Any, redactor: Redactor) -> str:
+    text = text_under(key, value, redactor)
+    if len(text) <= _LONGEST_TAG:
+        return text
+    warn_once(("tag", key), "The tag %.60r is cut to %d characters: MLflow holds no more.", key, _LONGEST_TAG)
+    # Masked before it is cut: a credential that the cut goes through would no longer look like one.
+    return redactor.text(text)[: _LONGEST_TAG - 1] + "…"
+
+
+def text_under(name: str, value: Any, redactor: Redactor) -> str:
+    """A value's text, to be recorded under a name in a tag or param; for `Redactor.text` to look through."""
+    value = redactor.value(name, value)
+    if type(value) is str:
+        text = value
+    elif _scalar_text(value) is not None:
+        text = text_of(value)
+    else:
+        text = redactor.printed(text_of(value))  # a structure may hold secrets under names of its own
+    # PostgreSQL takes no NUL.
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}") if "\0" in text else text
 
 
 def text_of(value: Any) -> str:
     """The value's `str`, whatever that raises."""
     try:
-        return str(value)
+        return exact(str(value))
     except Exception as exception:
         return f"<{type(value).__qualname__} whose str raised {type(exception).__name__}>"

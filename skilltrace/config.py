@@ -179,6 +179,7 @@ def _resolve(given: Mapping[str, Any], *, forgiving: bool = False) -> Settings:
         if not setting.init:
             continue
         variables, parse, check, default = _TABLE[setting.name]
+        variable = ""
         try:
             if setting.name in given:
                 values[setting.name] = check(given[setting.name])

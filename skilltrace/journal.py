@@ -321,7 +321,7 @@ atexit.register(_at_exit)
 def _after_fork_in_child() -> None:
     global generation, _latest, _lock
     generation += 1
-    _lock = threading.Lock()
+    _lock, config._lock = threading.Lock(), threading.Lock()
     _latest = None
     for journal in _journals.values():
         journal.after_fork()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import importlib
 import http.client
 import os
 import sys
@@ -108,22 +109,26 @@ class Store:
         with _errors_sorted(), _bounded():
             experiment = self._client.get_experiment_by_name(name)
             if experiment is None:
-                try:
-                    created = self._client.create_experiment(name, target.artifact_location, tags=_EXPERIMENT_TAGS)
-                except Exception:
-                    # Another process may have been faster, or the answer was lost.
-                    experiment = self._client.get_experiment_by_name(name)
-                    if experiment is None:
-                        raise
-            if experiment is not None:
-                if experiment.lifecycle_stage != "active":
-                    raise Refused(
-                        f"the experiment {name!r} is deleted; restore it (mlflow experiments restore "
-                        f"--experiment-id {experiment.experiment_id}) or configure another"
-                    )
-                created = experiment.experiment_id
-        self._experiments[target] = str(created)
+                experiment = self._create_experiment(name, target.artifact_location)
+        if experiment.lifecycle_stage != "active":
+            raise Refused(
+                f"the experiment {name!r} is deleted; restore it (mlflow experiments restore --experiment-id "
+                f"{experiment.experiment_id}) or configure another"
+            )
+        self._experiments[target] = str(experiment.experiment_id)
         return self._experiments[target]
+
+    def _create_experiment(self, name: str, artifact_location: str | None) -> Any:
+        try:
+            return self._client.get_experiment(
+                self._client.create_experiment(name, artifact_location, tags=_EXPERIMENT_TAGS)
+            )
+        except Exception:
+            # Another process may have been faster, or the answer was lost.
+            experiment = self._client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
+            return experiment
 
     def find_run(self, experiment_id: str, key: str) -> str | None:
         """The id of the run that carries a key, or None."""
@@ -255,7 +260,7 @@ def _bound_requests() -> None:
             kwargs["timeout"] = _TIMEOUT
         return original(method, url, max_retries, *args, **kwargs)
 
-    rest_utils._get_http_response_with_retries = bounded
+    setattr(rest_utils, original.__name__, bounded)
 
 
 # --- forks: a child gets MLflow's modules, locks and connections as they are at that moment -------------------------
@@ -264,7 +269,6 @@ def _bound_requests() -> None:
 # lock that nobody lets go of, or somebody else's place in a database connection.
 _importing = threading.RLock()
 _no_fork = threading.RLock()
-_PATIENCE_OF_FORK = 5.0  # seconds; a call to a server that hangs may take longer
 _opened: weakref.WeakSet[Store] = weakref.WeakSet()
 _fork_waited = threading.local()
 
@@ -277,7 +281,9 @@ def load() -> None:
 
 def _before_fork() -> None:
     _importing.acquire()
-    _fork_waited.mine = _no_fork.acquire(timeout=_PATIENCE_OF_FORK)
+    # Seconds. A database on this machine answers; a server may hang, and there no lock is held while it is waited for.
+    patience = 1.0 if any(store.uri.startswith("http") for store in list(_opened)) else 60.0
+    _fork_waited.mine = _no_fork.acquire(timeout=patience)
 
 
 def _after_fork_in_parent() -> None:
@@ -303,10 +309,10 @@ os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, 
 
 def context_tags() -> dict[str, str]:
     """The tags that `mlflow.start_run` sets for user, source, git commit and notebook."""
-    load()
-    from mlflow.tracking.context.registry import resolve_tags
+    with _importing:
+        from mlflow.tracking.context.registry import resolve_tags
 
-    return {str(key): str(value) for key, value in resolve_tags().items()}
+        return {str(key): str(value) for key, value in resolve_tags().items()}
 
 
 # --- autologging and traces ------------------------------------------------------------------------------------------
@@ -327,7 +333,7 @@ def answers(uri: str, timeout: float) -> bool:
 
 
 def autolog(
-    store: Store, target: Target, *, allowed: Callable[[Callable[[], T]], T], options: Mapping[str, bool] | None = None
+    store: Store, target: Target, *, allowed: Callable[[Callable[[], Any]], Any], options: Mapping[str, bool] | None = None
 ) -> None:
     """Turn on `mlflow.dspy.autolog`, with traces, compiles and evaluations going where the runs go.
 
@@ -341,7 +347,6 @@ def autolog(
     experiment_id = store.experiment_id(target)
     with _importing:
         import mlflow
-        import mlflow.dspy
 
     with _errors_sorted(), _bounded():
         with _environment_kept("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID"):
@@ -349,7 +354,7 @@ def autolog(
                 mlflow.set_tracking_uri(store.uri)
             mlflow.set_experiment(experiment_id=experiment_id)
         arguments: dict[str, Any] = {"log_compiles": True, "log_evals": True, "silent": True, **(options or {})}
-        allowed(functools.partial(mlflow.dspy.autolog, **arguments))
+        allowed(functools.partial(importlib.import_module("mlflow.dspy").autolog, **arguments))
 
 
 @contextmanager
@@ -367,11 +372,9 @@ def _environment_kept(*names: str) -> Iterator[None]:
                 os.environ.pop(name, None)
 
 
-def disable_autolog(allowed: Callable[[Callable[[], T]], T]) -> None:
+def disable_autolog(allowed: Callable[[Callable[[], Any]], Any]) -> None:
     """Turn `mlflow.dspy.autolog` off again."""
-    import mlflow.dspy
-
-    allowed(functools.partial(mlflow.dspy.autolog, disable=True, silent=True))
+    allowed(functools.partial(importlib.import_module("mlflow.dspy").autolog, disable=True, silent=True))
 
 
 def fluent_run_id() -> str | None:

@@ -19,14 +19,17 @@ Redact: TypeAlias = "Iterable[str | re.Pattern[str]] | Callable[[str, Any], Any]
 # but not `max_tokens`, `token_count` or `keyboard`.
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _SECRET_WORDS = frozenset(
-    "password passwords passwd passphrase passcode pwd secret secrets authorization credential credentials apikey "
-    "apikeys cookie cookies accesskey privatekey secretkey authtoken accesstoken bearer jwt dsn".split()
+    {"password", "passwd", "passphrase", "passcode", "pwd", "secret", "authorization", "credential", "cookie", "bearer"}
+    | {"jwt", "dsn", "apikey", "accesskey", "privatekey", "secretkey", "authtoken", "accesstoken"}
 )
 _SECRET_LAST_WORDS = frozenset({"token", "auth"})
+_KEYS = ("access", "account", "api", "auth", "encryption", "master", "private", "secret", "shared", "signing", "ssh")
+_TOKENS = ("access", "api", "auth", "bearer", "refresh", "session")  # `access_tokens` is secret, `max_tokens` is not
+_LM_SETTINGS = ("base", "type", "version")  # of `api_…`
 _SECRET_PAIRS = frozenset(
-    {(word, "key") for word in "access account api auth encryption master private secret shared signing ssh".split()}
-    | {(word, "token") for word in "access api auth bearer refresh session".split()}  # `access_tokens` too
-    | {("api", word) for word in "base type version".split()}  # settings of an LM; so is `api_key`
+    {(word, "key") for word in _KEYS}
+    | {(word, "token") for word in _TOKENS}
+    | {("api", word) for word in _LM_SETTINGS}
     | {("connection", "string")}
 )
 _LONGEST_NAME = 256  # characters; a longer key of a mapping is a text, not a name
@@ -61,8 +64,8 @@ _SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str], str], ...] = tuple(
 _RUN = b"x" * 15
 _AS_RUNS = bytes(ord("x" if chr(code).isalnum() or chr(code) in "_-" else " ") for code in range(128)) + b" " * 128
 
-# In a repr, a message or source code: a name and what parts it from its value, as in `password='…'`, `"token": "…"`; and
-# what may end that value.
+# In a repr, a message or source code: a name and what parts it from its value, as in `password='…'` and `"token": "…"`;
+# and what may end that value.
 _NAMED = re.compile(r"(?<![\w.-])([\w.-]{1,256})[\"']?\s{0,4}[=:](?![=:])\s{0,4}(?=\S)")
 _BOUNDS = re.compile(r"""'(?:\\.|[^'\\\n])*'|"(?:\\.|[^"\\\n])*"|[\[({})\],;&\s]""")
 
@@ -75,11 +78,15 @@ class _Names(dict[str, tuple[bool, str]]):
         self._redactor = redactor
 
     def __missing__(self, name: str) -> tuple[bool, str]:
-        known = self._redactor._names_a_secret(name), self._redactor.text(name)
-        if len(self) >= 4096:
-            self.clear()
+        redactor = self._redactor
+        known = redactor._names_a_secret(name), redactor.text(name)
         if len(name) <= _LONGEST_NAME:
+            if len(self) >= 4096:
+                self.clear()
+                redactor.plain_names.clear()
             self[name] = known
+            if known == (False, name) and not redactor.alters:
+                redactor.plain_names.add(name)
         return known
 
 
@@ -92,6 +99,7 @@ class Redactor:
 
     Attributes:
         names: Of a name: whether it is secret, and the name as it may be written.
+        plain_names: Some of the names whose values are recorded as they are.
 
     Raises:
         ConfigurationError: where `extra` is none of these.
@@ -104,7 +112,9 @@ class Redactor:
     """
 
     def __init__(self, extra: Redact = None) -> None:
+        self.alters = callable(extra)
         self.names = _Names(self)
+        self.plain_names: set[str] = set()
         self._more_names: set[str] = set()
         self._shapes: list[re.Pattern[str]] = []
         self._function: Callable[[str, Any], Any] | None = None
@@ -133,13 +143,11 @@ class Redactor:
         if name.lower() in self._more_names:
             return True
         words = [word.lower() for word in _WORDS.findall(name)]
-        if not words:
-            return False
         singular = [word.removesuffix("s") for word in words]
         return (
-            words[-1] in _SECRET_LAST_WORDS
-            or not _SECRET_WORDS.isdisjoint(words)
-            or any(pair in _SECRET_PAIRS for pair in zip(words, singular[1:], strict=False))
+            not _SECRET_WORDS.isdisjoint(singular)
+            or not _SECRET_LAST_WORDS.isdisjoint(words[-1:])
+            or any(pair in _SECRET_PAIRS for pair in zip(singular, singular[1:], strict=False))
         )
 
     def value(self, name: str, value: Any) -> Any:

@@ -72,8 +72,6 @@ class Template:
             values: The arguments by name.
             redactor: What keeps secrets out.
         """
-        if not isinstance(redactor, Redactor):
-            redactor = redactor.__self__  # TODO: until tracked.py passes the redactor itself
         return "".join(
             [literal if field is None else literal + field.fill(values, redactor) for literal, field in self._parts]
         )

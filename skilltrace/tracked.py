@@ -103,7 +103,7 @@ class _Call:
         values.update({key: arguments[key] for key in spec.fields if key in arguments})
         name = redactor.text(self._render_name(site, values, redactor))[:_LONGEST_NAME] or "unnamed"
         rendered = {
-            key: template.render(values, redactor.secret) if isinstance(template, Template) else template
+            key: template.render(values, redactor) if isinstance(template, Template) else template
             for key, template in spec.tags.items()
         }
         tags.update(capture.clean_tags(rendered, redactor))
@@ -127,7 +127,7 @@ class _Call:
     @staticmethod
     def _render_name(site: _Site, values: Mapping[str, Any], redactor: Redactor) -> str:
         if site.spec.name is not None:
-            return site.spec.name.render(values, redactor.secret)
+            return site.spec.name.render(values, redactor)
         return f"{site.default or 'job'}_{values['job_id']}" if site.spec.kind == "job" else site.default or "phase"
 
     def enter(self) -> None:
@@ -196,7 +196,7 @@ class _BoundFunction(wrapt.BoundFunctionWrapper):  # type: ignore[type-arg]  # g
         return self._self_parent.__get__(copy.deepcopy(self._self_instance, memo), type(self._self_instance))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return getattr, (self._self_instance, self.__name__)
+        return getattr, (self._self_instance, self.__wrapped__.__name__)
 
 
 class TrackedFunction(wrapt.FunctionWrapper):  # type: ignore[type-arg]  # generic only in wrapt's stubs
@@ -214,7 +214,7 @@ class TrackedFunction(wrapt.FunctionWrapper):  # type: ignore[type-arg]  # gener
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.__qualname__
+        return self.__wrapped__.__qualname__
 
 
 def _spec_of(function: Any) -> Spec:
@@ -452,22 +452,19 @@ def _hook_entry_points(cls: type) -> None:
 
 
 def _hooked_method(method: Any) -> Any:
-    if inspect.iscoroutinefunction(method):
+    @functools.wraps(method)
+    async def ahooked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_marked(self):
+            return await _acall_module(self, method, args, kwargs)
+        return await method(self, *args, **kwargs)
 
-        @functools.wraps(method)
-        async def hooked(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if _is_marked(self):
-                return await _acall_module(self, method, args, kwargs)
-            return await method(self, *args, **kwargs)
+    @functools.wraps(method)
+    def hooked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _call_module(self, method, args, kwargs) if _is_marked(self) else method(self, *args, **kwargs)
 
-    else:
-
-        @functools.wraps(method)
-        def hooked(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return _call_module(self, method, args, kwargs) if _is_marked(self) else method(self, *args, **kwargs)
-
-    hooked.skilltrace = True  # type: ignore[attr-defined]  # what says that it is hooked
-    return hooked
+    chosen: Any = ahooked if inspect.iscoroutinefunction(method) else hooked
+    chosen.skilltrace = True  # what says that it is hooked
+    return chosen
 
 
 def _hook_subclasses(cls: Any) -> None:
