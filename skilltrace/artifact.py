@@ -472,7 +472,7 @@ class _Layout:
     def finished(self) -> list[Artifact]:
         """All files, without credentials. Most results hold none: all of their texts are looked through at once."""
         redactor = self._redactor
-        if not redactor.suspects("\n".join(self._texts)):
+        if not redactor.suspects(self._texts):
             return self._artifacts
         return [
             Artifact(file.path, file.text and redactor.text(file.text), masked(file.json, redactor), file.data)
@@ -593,7 +593,7 @@ class JsonTree:
     def of(self, value: Any) -> Any:
         """The value as None, bool, int, float, str, list or dict. Never raises."""
         tree = self.unmasked(value)
-        return masked(tree, self._redactor) if self._redactor.suspects("\n".join(self.texts)) else tree
+        return masked(tree, self._redactor) if self._redactor.suspects(self.texts) else tree
 
     def unmasked(self, value: Any, serialized_by: _Reader | None = None) -> Any:
         """The same with the credentials that stand in its texts, if any; the texts are added to `texts`.

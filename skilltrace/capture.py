@@ -34,12 +34,14 @@ LONGEST_LOGGED_PARAM = 6000
 _LONGEST_KEY = 250
 _LONGEST_TAG = 8000
 _MOST_METRICS = 1000
+_OPEN = Redactor()
 _BAD_KEY = re.compile(r"[^\w\-. :/]")
 _OWN_TAGS = frozenset({"skilltrace.key", "skilltrace.kind"})  # delivery finds a run by them
 
 # Arguments that are params: their text is short, says all, and runs none of the user's code.
-_SCALARS = (str, numbers.Number, pathlib.PurePath, uuid.UUID, dt.date, dt.time, dt.timedelta)
-_STRUCTURES = (str, bytes, int, float, list, set, tuple, type)  # they have no fields to look for
+_SCALARS = (enum.Enum, str, pathlib.PurePath, uuid.UUID, dt.date, dt.time, dt.timedelta, numbers.Number)
+_NO_SCALARS = frozenset({dict, list, tuple, set, bytes, type(None)})
+_NO_FIELDS = frozenset({str, int, float, bool, list, set, bytes, type(None)})
 
 MetricsOption = bool | Iterable[str] | Mapping[str, "str | Callable[[Any], Any]"]
 
@@ -82,15 +84,14 @@ def identity_tags(arguments: Mapping[str, Any], first: str | None) -> dict[str, 
         arguments: The arguments by name.
         first: The one that is the method's owner, which is not looked into.
     """
-    tags: dict[str, str] = {}
-    for name in IDENTITY:
-        text = _scalar_text(arguments.get(name))
-        if not text:
-            for key, argument in arguments.items():
-                if key != first and (text := _scalar_text(_field(argument, name))):
-                    break
-        if text:
-            tags[name] = text
+    tags = {name: text for name in IDENTITY if name in arguments and (text := _scalar_text(arguments[name]))}
+    if len(tags) == len(IDENTITY):
+        return tags
+    for key, argument in arguments.items():
+        if type(argument) not in _NO_FIELDS and key != first:
+            for name in IDENTITY:
+                if name not in tags and (text := _scalar_text(_field(argument, name))):
+                    tags[name] = text
     return tags
 
 
@@ -101,17 +102,18 @@ def _field(argument: Any, name: str) -> Any:
     """
     kind = type(argument)
     try:
-        if argument is None or issubclass(kind, _STRUCTURES):
-            return getattr(argument, name) if name in getattr(kind, "_fields", ()) else None
-        if issubclass(kind, Mapping):
+        if kind is dict:
             return argument.get(name)
+        if issubclass(kind, (tuple, type)):
+            return getattr(argument, name) if name in getattr(kind, "_fields", ()) else None
         fields = object.__getattribute__(argument, "__dict__") if hasattr(kind, "__dict__") else {}
         if name in fields:
             return fields[name]
         if inspect.ismemberdescriptor(getattr(kind, name, None)):  # a class with __slots__
             return getattr(argument, name)
-        store = fields.get("_store")  # dspy.Example
-        return store.get(name) if type(store) is dict else None
+        if type(store := fields.get("_store")) is dict:  # dspy.Example
+            return store.get(name)
+        return argument.get(name) if issubclass(kind, Mapping) else None
     except Exception:
         return None  # the argument's own code raised: it tells nobody who the call is for
 
@@ -134,7 +136,7 @@ def params(
     return redactor.texts(texts)
 
 
-def metrics(result: Any, option: MetricsOption, redactor: Redactor = Redactor()) -> dict[str, float]:
+def metrics(result: Any, option: MetricsOption, redactor: Redactor = _OPEN) -> dict[str, float]:
     """Numbers of the result: its top-level fields, or those that the option names or computes.
 
     Args:
@@ -202,9 +204,11 @@ def as_number(value: Any) -> float | None:
 
 def _is_number(kind: type) -> bool:
     # By the type, not by isinstance: a mock may claim to be anything.
-    return issubclass(kind, (numbers.Real, decimal.Decimal)) or (
-        kind.__module__ == "numpy" and kind.__name__ in {"bool", "bool_"}  # no numbers.Real
-    )
+    return issubclass(kind, (numbers.Real, decimal.Decimal)) or _is_numpy_bool(kind)
+
+
+def _is_numpy_bool(kind: type) -> bool:
+    return kind.__name__ in {"bool", "bool_"} and kind.__module__ == "numpy"  # it is none of `numbers`
 
 
 def _scalar_text(value: Any) -> str | None:
@@ -212,10 +216,12 @@ def _scalar_text(value: Any) -> str | None:
     kind = type(value)
     if kind is str:
         return str(value)
+    if kind in _NO_SCALARS:
+        return None
     try:
         if kind is int or kind is float or kind is bool:
             return str(value)
-        if value is None or not (issubclass(kind, (enum.Enum, *_SCALARS)) or _is_number(kind)):
+        if not (issubclass(kind, _SCALARS) or _is_numpy_bool(kind)):
             return None
         return exact(str(value.value if issubclass(kind, enum.Enum) else value))
     except Exception:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -12,12 +12,13 @@ from pathlib import Path
 import click
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.table import Table
 
 from skilltrace import config, delivery, mlflow_bridge, spool
 from skilltrace.errors import SkilltraceError
 
 _STORE_OPTION = click.option(
-    "--spool-dir", type=click.Path(path_type=Path), help="Folder of the journals. Default: SKILLTRACE_SPOOL_DIR's, or the user's."
+    "--spool-dir", type=click.Path(path_type=Path), help="Folder of the journals. Default: that of the settings."
 )
 _JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
@@ -28,16 +29,16 @@ _JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one J
 def main(*, verbose: bool) -> None:
     """Instrumentation for DSPy programs, on MLflow."""
     handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(message)s", handlers=[handler])
-    logging.getLogger("skilltrace").setLevel(logging.INFO)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     if not verbose:
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # MLflow sets up its own handlers when it is imported
+        logging.disable(logging.INFO)  # MLflow sets up handlers and levels of its own when it is imported
 
 
 @main.command()
 @click.option("--model", metavar="MODEL", help="A provider's model, like openai/gpt-4o-mini. Default: a local stand-in.")
 @click.option("--topic", default="Writing Python decorators", show_default=True, help="What the skill is about.")
-def demo(*, model: str | None, topic: str) -> None:
+@click.option("--svg", type=click.Path(path_type=Path, dir_okay=False), help="Also draw the run tree into a file.")
+def demo(*, model: str | None, topic: str, svg: Path | None) -> None:
     """Make a skill in three phases, tracked, and show the run that stands in MLflow then.
 
     It needs no network and no key: a small model server on this machine answers. It writes to ./mlflow.db, or to the
@@ -58,8 +59,10 @@ def demo(*, model: str | None, topic: str) -> None:
         raise click.ClickException(str(error)) from None
     tree = draw([job])
     # A pipe or a narrow terminal gets whole lines too: a cut figure is worse than a wrapped line.
-    console.width = max(console.width, console.measure(tree).maximum)
+    console.width = max(console.width, _width(tree))
     console.print(tree)
+    if svg is not None:
+        _draw_svg(tree, svg)
     console.print()
     if settings.target.uri.startswith("http"):
         console.print(f"Open it: {mlflow_bridge.run_url(settings.target.uri, job.experiment_id, job.run_id, '')}")
@@ -68,6 +71,16 @@ def demo(*, model: str | None, topic: str) -> None:
     console.print(
         f"  {_command('mlflow')} ui --port {config.UI_PORT} --backend-store-uri {settings.target.uri}", soft_wrap=True
     )
+
+
+def _width(tree: Table) -> int:
+    return Console(width=1000).measure(tree).maximum
+
+
+def _draw_svg(tree: Table, path: Path) -> None:
+    canvas = Console(record=True, file=io.StringIO(), force_terminal=True, width=_width(tree))
+    canvas.print(tree)
+    canvas.save_svg(str(path), title="skilltrace demo")
 
 
 def _command(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -35,7 +35,7 @@ class Settings:
     """
 
     experiment: str | None
-    tracking_uri: str
+    tracking_uri: str = field(repr=False)  # with its credentials; `target` has it without
     artifact_location: str | None
     tags: Mapping[str, str]
     autolog: bool
@@ -186,7 +186,7 @@ def _resolve(given: Mapping[str, Any], *, forgiving: bool = False) -> Settings:
                 continue
             text, variable = next(((os.environ[name], name) for name in variables if os.environ.get(name)), (None, ""))
             values[setting.name] = check(default() if text is None else parse(text))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OSError, RuntimeError) as error:  # also a `~` or a folder that cannot be found
             source = "" if setting.name in given else f" (from {variable})"
             message = f"{setting.name}{source}: {error}"
             if not forgiving:
@@ -203,8 +203,8 @@ def _is_database(uri: str) -> bool:
 
 
 def _name(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"must be a name, not {value!r}")
+    if not isinstance(value, str) or not value.strip() or len(value) > 500:
+        raise ValueError(f"must be a name of 1 to 500 characters, not {value!r:.100}")
     return value
 
 
@@ -212,9 +212,9 @@ def _experiment(value: Any) -> str | None:
     return None if value is None else _name(value)
 
 
-_SCHEMES = frozenset(
-    "http https sqlite postgresql mysql mssql file databricks databricks-uc uc "  # MLflow's own
-    "s3 gs wasbs abfss hdfs dbfs".split()
+_SCHEMES = frozenset(  # MLflow's own
+    {"http", "https", "sqlite", "postgresql", "mysql", "mssql", "file", "databricks", "databricks-uc", "uc"}
+    | {"s3", "gs", "wasbs", "abfss", "hdfs", "dbfs"}
 )
 
 
@@ -242,7 +242,7 @@ def _uri(value: Any) -> str:
     except ValueError as error:
         raise ValueError(f"{without_credentials(value)!r} is no URI: {error}") from None
     if dialect in ("http", "https") and not parts.hostname:
-        raise ValueError(f"{value!r} names no host")
+        raise ValueError(f"{without_credentials(value)!r} names no host")
     return value.rstrip("/") if dialect in ("http", "https") else value
 
 
@@ -270,7 +270,7 @@ def _parse_tags(text: str) -> dict[str, str]:
 
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"must be True or False, not {value!r}")
+        raise TypeError(f"must be True or False, not {value!r}")
     return value
 
 
@@ -283,9 +283,10 @@ def _parse_flag(text: str) -> bool:
 
 
 def _redact(value: Any) -> Redact:
-    Redactor(value)
-    # A generator can be read once only; the settings are read at each run.
-    return value if value is None or callable(value) else tuple(value)
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and not callable(value):
+        value = tuple(value)  # a generator can be read once only
+    Redactor(value)  # raises where it cannot be used
+    return value  # type: ignore[no-any-return]  # checked by Redactor
 
 
 def _folder(value: Any) -> Path:
@@ -327,7 +328,12 @@ _TABLE: dict[str, tuple[tuple[str, ...], Callable[[str], Any], Callable[[Any], A
     "tags": (("SKILLTRACE_TAGS",), _parse_tags, _tags, dict),
     "autolog": (("SKILLTRACE_AUTOLOG",), _parse_flag, _flag, lambda: True),
     "enabled": (("SKILLTRACE_ENABLED",), _parse_flag, _flag, lambda: True),
-    "redact": (("SKILLTRACE_REDACT",), lambda text: [name.strip() for name in text.split(",")], _redact, _nothing),
+    "redact": (
+        ("SKILLTRACE_REDACT",),
+        lambda text: [name.strip() for name in text.split(",") if name.strip()],
+        _redact,
+        _nothing,
+    ),
     "spool_dir": (
         ("SKILLTRACE_SPOOL_DIR",),
         str,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import pairwise
 from typing import Any, TypeAlias
 from urllib.parse import parse_qsl, urlencode
 
@@ -62,6 +63,7 @@ _SHAPES: tuple[tuple[tuple[str, ...], re.Pattern[str], str], ...] = tuple(
 # Most texts hold no credential, and that must be found out quickly. All shapes of tokens have this in common: a run of
 # 15 or more letters, digits, `_` and `-`. The other shapes have a word, or an @.
 _RUN = b"x" * 15
+_LARGE = 1 << 20  # characters; longer texts are not joined, for that takes memory
 _AS_RUNS = bytes(ord("x" if chr(code).isalnum() or chr(code) in "_-" else " ") for code in range(128)) + b" " * 128
 
 # In a repr, a message or source code: a name and what parts it from its value, as in `password='…'` and `"token": "…"`;
@@ -147,7 +149,7 @@ class Redactor:
         return (
             not _SECRET_WORDS.isdisjoint(singular)
             or not _SECRET_LAST_WORDS.isdisjoint(words[-1:])
-            or any(pair in _SECRET_PAIRS for pair in zip(singular, singular[1:], strict=False))
+            or any(pair in _SECRET_PAIRS for pair in pairwise(singular))
         )
 
     def value(self, name: str, value: Any) -> Any:
@@ -162,8 +164,13 @@ class Redactor:
                 return MASK
         return value
 
-    def suspects(self, text: str) -> bool:
-        """Whether `text` may have something to mask in this text; quick, and never wrong when it says no."""
+    def suspects(self, texts: Collection[str]) -> bool:
+        """Whether `text` may have something to mask in one of these; quick, and never wrong when it says no."""
+        if sum(map(len, texts)) > _LARGE:
+            return any(map(self._suspects, texts))
+        return self._suspects("\n".join(texts))
+
+    def _suspects(self, text: str) -> bool:
         if self._shapes or _RUN in text.encode("utf-8", "replace").translate(_AS_RUNS):
             return True
         if "@" in text and "://" in text:
@@ -173,7 +180,7 @@ class Redactor:
 
     def text(self, text: str) -> str:
         """The text with every credential of a known shape masked."""
-        if not self.suspects(text):
+        if not self._suspects(text):
             return text
         for literals, pattern, replacement in _SHAPES:
             for literal in literals:
@@ -186,7 +193,7 @@ class Redactor:
 
     def texts(self, texts: Mapping[str, str]) -> dict[str, str]:
         """Some texts by name, each as `text` gives it: looked through all at once, for most hold nothing to mask."""
-        if not self.suspects("\n".join(texts.values())):
+        if not self.suspects(texts.values()):
             return dict(texts)
         return {name: self.text(text) for name, text in texts.items()}
 
