@@ -57,6 +57,7 @@ _MAX_SECONDS_ALL = 10.0  # for all files of a result
 _MAX_FILES = 100
 _MAX_FIELDS = 100_000
 _MAX_CELLS = 500_000
+_LONGEST_KEY = 1000
 _SMALLEST, _LARGEST = -(2**63), 2**63 - 1  # integers that readers of JSON take; all but a few floats are in between
 _LOOK = 1 << 16  # bytes of JSON after which the clock is looked at
 _MARGIN = 4096  # characters behind a cut that are looked at too: a credential may stand across it
@@ -520,21 +521,23 @@ class _Layout:
             return
         try:
             reader, value = _settled(value, redactor)
-            content, suffix = reader.read(value, redactor) if reader.role is _IS_FILE else value, reader.suffix
-            if reader.role is _IS_BYTES or isinstance(content, (bytes, bytearray, memoryview)):
-                self._put_data(path or stem + (suffix or ".bin"), bytes(content))
-                return
+            suffix, serialized_by = reader.suffix, None
+            if reader.role is _IS_FILE:
+                serialized_by = reader
+                reader, value = _settled(reader.read(value, redactor), redactor)
+            data = reader.read(value, redactor) if reader.role is _IS_BYTES else None
         except Exception as exception:
             _unreadable(kind, exception)
             self._put_text(path or f"{stem}.txt", _safe_repr(value, redactor))
             return
-        if isinstance(content, str):
-            self._put_text(path or stem + (suffix or ".md"), str.__str__(content))
-        elif reader.role is _IS_UNKNOWN and not (path or "").endswith((".json", ".yaml", ".yml")):
-            self._put_text(path or f"{stem}.txt", _repr_of_unknown(content, redactor))
+        if data is not None:
+            self._put_data(path or stem + (suffix or ".bin"), data)
+        elif reader.role is _IS_TEXT:
+            self._put_text(path or stem + (suffix or ".md"), value)
+        elif reader.role is _IS_UNKNOWN and not (path or suffix or "").endswith((".json", ".yaml", ".yml")):
+            self._put_text(path or stem + (suffix or ".txt"), _repr_of_unknown(value, redactor))
         else:
-            serialized_by = reader if reader.role is _IS_FILE else None
-            json = self._json.unmasked(content, serialized_by)
+            json = self._json.unmasked(value, serialized_by)
             self._put(Artifact(path or stem + (suffix or ".json"), json=json))
 
     def _put_text(self, path: str, text: str) -> None:
@@ -629,7 +632,7 @@ class JsonTree:
             return f"[cycle: {_name_of(kind)}]"
         self._open.add(identity)
         try:
-            reader = _exact.get(kind) or _reader_of(kind)
+            reader = _reader_of(kind)
             if reader is serialized_by:
                 reader = _own_reader(kind)
             role = reader.role
@@ -640,7 +643,7 @@ class JsonTree:
                 return self._mapping(content, depth + 1)
             if role is _IS_ITEMS:
                 return self._sequence(content, depth + 1)
-            if isinstance(content, bytes):
+            if type(content) is bytes:
                 return f"[{len(content):,} bytes]"
             return self._of(content, depth + 1, reader if role is _IS_FILE else None)
         except Exception as exception:
@@ -660,7 +663,7 @@ class JsonTree:
             name = key
             if type(key) is not str or key not in plain_names:
                 text = key if type(key) is str else _key_text(key, redactor)
-                secret, name = redactor.names[text]
+                secret, name = redactor.names[text if len(text) < _LONGEST_KEY else text[:_LONGEST_KEY] + _OVER_SIZE]
                 value = MASK if secret else redactor.value(text, value)  # noqa: PLW2901  # what is recorded of it
             if name in tree:
                 name = _unique(name, tree)

@@ -192,14 +192,12 @@ def as_number(value: Any) -> float | None:
         return float(value)
     if kind is str or kind is dict or kind is list or value is None:
         return None
-    if kind is int or kind is bool or _is_number(kind):
-        try:
-            return float(value)
-        except OverflowError:
-            return math.inf if value > 0 else -math.inf
-        except Exception:
-            return None  # a number whose own __float__ raises, or a signalling NaN
-    return None
+    try:
+        return float(value) if kind is int or kind is bool or _is_number(kind) else None
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+    except Exception:
+        return None  # a number whose own __float__ raises, or a signalling NaN
 
 
 def _is_number(kind: type) -> bool:

@@ -411,7 +411,7 @@ def test_a_plotly_figure_is_html(store):
 
     run = record(store, {"plot": plotly.graph_objects.Figure(data=[{"y": [1, 2]}])})
     assert store.files(run) == ["plot.html"]
-    assert store.text(run, "plot.html").lstrip().startswith("<html>")
+    assert "<html>" in store.text(run, "plot.html")[:200]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "1", "P", "CMYK", "F"])
@@ -1089,7 +1089,8 @@ def test_texts_of_other_classes_become_plain_text():
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary() | st.decimals() | st.datetimes()
-    | st.uuids() | st.complex_numbers() | st.fractions() | st.sampled_from([Opaque(), boom, RaisingRepr(), mock.MagicMock()]),
+    | st.uuids() | st.complex_numbers() | st.fractions() | st.builds(Opaque) | st.builds(RaisingRepr)
+    | st.builds(mock.MagicMock),
     lambda children: st.lists(children)
     | st.tuples(children, children)
     | st.dictionaries(st.text() | st.integers() | st.floats() | st.none() | st.tuples(st.integers()), children)
@@ -1164,7 +1165,7 @@ def test_a_path_that_is_no_text_is_refused(path):
         safe_path(path)
 
 
-@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/b", "..", ".", "", "C:\\x", "a\0b", "a\nb", "語" * 300])
+@pytest.mark.parametrize("name", ["../../etc/hosts", "/etc/hosts", "a/b", "..", ".", "", "C:\\x", "a\0b", "a\nb", "語" * 300])
 def test_a_field_name_never_leaves_the_run(store, name, tmp_path):
     """Any name of a field gives one file in the run's own folder."""
     run = record(store, {name: ["x"]})
