@@ -515,15 +515,18 @@ class _Layout:
 
     def _add(self, name: str, value: Any, path: str | None = None) -> None:
         """One value as one file, whose path is made from the name where it is not given."""
-        stem, kind, redactor = file_name(name), type(value), self._redactor
+        redactor, kind = self._redactor, type(value)
+        stem = file_name(redactor.names[name][1])
         if time.monotonic() > self._deadline:
             self._put_text(path or f"{stem}.txt", f"[{_CUT}: the result took over {_MAX_SECONDS_ALL:.0f} s]")
             return
         try:
             reader, value = _settled(value, redactor)
             suffix, serialized_by = reader.suffix, None
-            if reader.role is _IS_FILE:
-                serialized_by = reader
+            for _ in range(3):  # a serializer may return what has one too, but not for ever
+                if reader.role is not _IS_FILE or reader is serialized_by:
+                    break
+                suffix, serialized_by = suffix or reader.suffix, reader
                 reader, value = _settled(reader.read(value, redactor), redactor)
             data = reader.read(value, redactor) if reader.role is _IS_BYTES else None
         except Exception as exception:

@@ -7,7 +7,6 @@ a server that is down that call would hang for minutes. Then it is turned on whe
 from __future__ import annotations
 
 import os
-import os
 import threading
 import time
 from collections.abc import Mapping

@@ -106,10 +106,13 @@ def _field(argument: Any, name: str) -> Any:
             return argument.get(name)
         if issubclass(kind, (tuple, type)):
             return getattr(argument, name) if name in getattr(kind, "_fields", ()) else None
-        fields = object.__getattribute__(argument, "__dict__") if hasattr(kind, "__dict__") else {}
+        try:
+            fields = object.__getattribute__(argument, "__dict__")
+        except AttributeError:
+            fields = {}  # a class with __slots__
         if name in fields:
             return fields[name]
-        if inspect.ismemberdescriptor(getattr(kind, name, None)):  # a class with __slots__
+        if inspect.ismemberdescriptor(getattr(kind, name, None)):
             return getattr(argument, name)
         if type(store := fields.get("_store")) is dict:  # dspy.Example
             return store.get(name)
@@ -179,7 +182,7 @@ def _number_fields(result: Any, redactor: Redactor) -> dict[str, float]:
             if len(numbers_) == _MOST_METRICS:
                 warn_once("metrics", "A result has over %d numbers; the first of them are metrics.", _MOST_METRICS)
                 break
-            numbers_[clean_key(name)] = number
+            numbers_[clean_key(redactor.names[name][1])] = number
     except Exception:
         return numbers_  # of a result that cannot be read the artifacts' side speaks
     return numbers_
@@ -250,7 +253,8 @@ def _cleaned_key(key: str) -> str:
 def clean_tags(tags: Mapping[str, Any], redactor: Redactor) -> dict[str, str]:
     """Tags as MLflow takes them, without secrets; a value over its limit is cut, with one warning."""
     texts: dict[str, str] = {}
-    for key, value in tags.items():
+    for name, value in tags.items():
+        key = name if type(name) is str else text_of(name)
         if key in _OWN_TAGS:
             warn_once(("tag", key), "The tag %r is skilltrace's own and cannot be set.", key)
         else:

@@ -8,14 +8,17 @@ import logging
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
 
 from skilltrace import config, delivery, mlflow_bridge, spool
 from skilltrace.errors import SkilltraceError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _STORE_OPTION = click.option(
     "--spool-dir", type=click.Path(path_type=Path), help="Folder of the journals. Default: that of the settings."
@@ -35,7 +38,9 @@ def main(*, verbose: bool) -> None:
 
 
 @main.command()
-@click.option("--model", metavar="MODEL", help="A provider's model, like openai/gpt-4o-mini. Default: a local stand-in.")
+@click.option(
+    "--model", metavar="MODEL", help="A provider's model, like openai/gpt-4o-mini. Default: a local stand-in."
+)
 @click.option("--topic", default="Writing Python decorators", show_default=True, help="What the skill is about.")
 @click.option("--svg", type=click.Path(path_type=Path, dir_okay=False), help="Also draw the run tree into a file.")
 def demo(*, model: str | None, topic: str, svg: Path | None) -> None:

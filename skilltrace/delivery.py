@@ -64,7 +64,7 @@ class _ParentPending(Unavailable):
 class _Run:
     """What is known of one run: what is to be delivered now, and what must be remembered while it is open."""
 
-    uri: str | None = None
+    target: Target | None = None
     start: RunStarted | None = None
     run_id: str | None = None
     refused: bool = False
@@ -80,7 +80,7 @@ class _Run:
 
     def fold(self, record: RunStarted | Logged | RunEnded) -> None:
         if isinstance(record, RunStarted):
-            self.start, self.uri = record, record.target.uri
+            self.start, self.target = record, record.target
             return
         self.metrics += record.metrics
         self.tags.update(record.tags)
@@ -90,7 +90,9 @@ class _Run:
         if isinstance(record, RunEnded):
             self.end = record
             self.traces += record.traces
-        elif record.turns:
+            return
+        self.target = self.target or record.target
+        if record.turns:
             self.turns += record.turns
             self.new_turns = True
 
@@ -113,12 +115,13 @@ class _Cursor(msgspec.Struct):
 @contextmanager
 def opening(uri: str, spool_dir: Path) -> Iterator[None]:
     """Hold, for the first use of a local database, a lock that all processes of this spool share."""
+    local = uri.startswith("sqlite")
     try:
-        if uri.startswith("sqlite"):
+        if local:
             spool.prepare(spool_dir)
     except OSError:
-        uri = ""  # the journal's side says that the folder cannot be written
-    if not uri.startswith("sqlite"):
+        local = False  # the journal's side says that the folder cannot be written
+    if not local:
         yield
         return
     name = hashlib.sha256(uri.encode()).hexdigest()[:16]
@@ -149,7 +152,7 @@ class Deliverer:
         self._lock = lock
         self._stores = stores
         self._runs: dict[str, _Run] = {}
-        self._recent: OrderedDict[str, tuple[str, str]] = OrderedDict()  # key → (store's URI, run id)
+        self._recent: OrderedDict[str, str] = OrderedDict()  # key → run id, of runs that have ended
         self._process: ProcessStarted | None = None
         self._context: dict[str, str] | None = None
         self._last_ns = 0
@@ -170,7 +173,7 @@ class Deliverer:
     def run_id(self, key: str) -> str | None:
         """The MLflow id of an open run, where it has been created."""
         run = self._runs.get(key)
-        return run.run_id if run is not None else self._recent.get(key, (None, None))[1]
+        return run.run_id if run is not None else self._recent.get(key)
 
     def step(self) -> bool:
         """Read what is new (a bounded part of it), deliver it, save the cursor.
@@ -233,7 +236,7 @@ class Deliverer:
         self._last_ns = cursor.last_ns
         self._doubtful = True
         for run in cursor.open:
-            self._runs[run.start.key] = _Run(run.start.target.uri, run.start, run.run_id, run.refused, list(run.turns))
+            self._runs[run.start.key] = _Run(run.start.target, run.start, run.run_id, run.refused, list(run.turns))
 
     def _save_cursor(self) -> None:
         opened = [
@@ -274,48 +277,47 @@ class Deliverer:
             return
         run = self._runs.get(record.key)
         if run is None:
-            uri, run_id = self._recent.get(record.key, (None, None))
-            run = self._runs[record.key] = _Run(uri, run_id=run_id)
+            run = self._runs[record.key] = _Run(run_id=self._recent.get(record.key))
         run.fold(record)
 
     # --- delivering --------------------------------------------------------------------------------------------------
 
     def _deliver(self) -> None:
         for key, run in list(self._runs.items()):
-            self._deliver_run(key, run)
+            try:
+                self._deliver_run(key, run)
+            except Refused as refusal:
+                self._reject_run(key, run, str(refusal))
+            except (Unavailable, OSError):
+                raise
+            except Exception as fault:
+                report("deliver a run")
+                self._reject_run(key, run, f"fault of skilltrace: {fault!r}")
             if run.end is not None or run.start is None:
                 del self._runs[key]
-                if run.uri is not None and run.run_id is not None:
-                    self._recent[key] = (run.uri, run.run_id)
+                if run.run_id is not None:
+                    self._recent[key] = run.run_id
         while len(self._recent) > _RECENT:
             self._recent.popitem(last=False)
         self._save_cursor()
 
     def _deliver_run(self, key: str, run: _Run) -> None:
-        if run.start is None and run.run_id is None and not run.refused:
-            self._reject("logged to a run that this journal does not know", key)
-            return
+        if run.target is None:
+            raise Refused("logged to a run that this journal does not know")
         if run.refused:
             self._reject_rest(key, run)
             return
+        store = self._store(run.target.uri)
         if run.run_id is None:
-            assert run.start is not None
-            try:
-                run.run_id = self._create(run)
-            except Refused as refusal:
-                run.refused = True
-                self._reject(str(refusal), msgspec.to_builtins(run.start))
-                self._reject_rest(key, run)
-                return
-        assert run.uri is not None
-        store = self._store(run.uri)
-        self._log(store, run.run_id, key, run)
+            run.run_id = self._find_or_create(store, key, run)
+        run_id = run.run_id
+        self._log(store, run_id, key, run)
         if run.traces:
-            self._or_reject(key, "traces", lambda: store.link_traces(run.run_id or "", run.traces))
+            self._or_reject(key, "traces", lambda: store.link_traces(run_id, run.traces))
             run.traces = []
         if run.end is not None:
             end = run.end
-            self._or_reject(key, "end", lambda: store.terminate(run.run_id or "", end.status, end.ns // 1_000_000))
+            self._or_reject(key, "end", lambda: store.terminate(run_id, end.status, end.ns // 1_000_000))
 
     def _store(self, uri: str) -> Store:
         store = self._stores.get(uri)
@@ -323,16 +325,16 @@ class Deliverer:
             store = self._stores[uri] = Store(uri, opening(uri, self.folder.parent))
         return store
 
-    def _create(self, run: _Run) -> str:
-        start = run.start
-        assert start is not None
-        store = self._store(start.target.uri)
-        experiment_id = store.experiment_id(start.target)
-        if self._doubtful or run.doubtful:
-            known = store.find_run(experiment_id, start.key)
+    def _find_or_create(self, store: Store, key: str, run: _Run) -> str:
+        assert run.target is not None
+        experiment_id, start = store.experiment_id(run.target), run.start
+        if start is None or self._doubtful or run.doubtful:
+            known = store.find_run(experiment_id, key)
             if known is not None:
                 return known
-        tags = {**self._context_tags(), **start.tags, **run.tags, KEY_TAG: start.key, KIND_TAG: start.kind}
+        if start is None:
+            raise Refused("logged to a run that MLflow does not have")
+        tags = {**self._context_tags(), **start.tags, **run.tags, KEY_TAG: key, KIND_TAG: start.kind}
         if start.parent is not None:
             parent = self._parent_id(store, experiment_id, start)
             if parent is not None:
@@ -348,7 +350,7 @@ class Deliverer:
         if parent in self._runs:
             return self._runs[parent].run_id
         if parent in self._recent:
-            return self._recent[parent][1]
+            return self._recent[parent]
         # It stands in another process's journal (this one was forked), or before the cursor.
         found = store.find_run(experiment_id, parent)
         if found is None and time.time_ns() - start.ns < _PARENT_PATIENCE * 1e9:
@@ -425,12 +427,19 @@ class Deliverer:
         line = json.dumps({"reason": reason, "what": what, "at": datetime.now(timezone.utc).isoformat()}) + "\n"
         spool.append_rejected(self.folder, line.encode())
 
+    def _reject_run(self, key: str, run: _Run, reason: str) -> None:
+        run.refused = True
+        self._reject(reason, msgspec.to_builtins(run.start) if run.start is not None else key)
+        self._reject_rest(key, run)
+
     def _reject_rest(self, key: str, run: _Run) -> None:
         """All that comes for a run which MLflow refused goes the same way, so that nothing is lost."""
-        rest = RunEnded(key, 0, run.end.status if run.end else "", run.metrics, run.params, run.tags, run.artifacts)
-        if run.metrics or run.params or run.tags or run.artifacts or run.end:
+        if run.metrics or run.params or run.tags or run.artifacts or run.turns or run.end:
+            ns, status = (run.end.ns, run.end.status) if run.end else (self._last_ns, "RUNNING")
+            turns = [Artifact("conversation_history.json", json=[_turn(turn) for turn in run.turns])] if run.turns else []
+            rest = RunEnded(key, ns, status, run.metrics, run.params, run.tags, [*run.artifacts, *turns])
             spool.append_rejected(self.folder, encode(rest))
-        run.metrics, run.params, run.tags, run.artifacts = [], {}, {}, []
+        run.metrics, run.params, run.tags, run.artifacts, run.turns = [], {}, {}, [], []
 
 
 def _turn(turn: Turn) -> dict[str, Any]:
@@ -537,7 +546,7 @@ class Worker:
             while True:
                 try:
                     busy = deliverer.step()
-                except Unavailable as error:
+                except (Unavailable, OSError) as error:
                     if isinstance(error, _ParentPending):
                         self._pause(_PARENT_PAUSE)
                     else:
@@ -573,7 +582,7 @@ class Worker:
         with self._changed:
             self._changed.notify_all()
 
-    def _failed(self, error: Unavailable) -> None:
+    def _failed(self, error: Exception) -> None:
         if not self._failures:
             logger.warning(
                 "MLflow cannot be reached; runs are kept in %s and delivered when it can. (%s)", self.folder, error
@@ -593,7 +602,7 @@ class Worker:
     def _recover(self, folder: Path) -> None:
         try:
             _recover(folder, self._stores)
-        except Unavailable as error:
+        except (Unavailable, OSError) as error:
             # Its store is not ours, or ours went away: either way the next process, or `skilltrace sync`, has it.
             logger.warning("The journal %s, left by an earlier process, cannot be delivered now: %s", folder, error)
         except Exception:
@@ -673,7 +682,7 @@ def sync(*spools: Path) -> SyncReport:
             elif spool.owner_is_alive(folder):
                 alive += 1
                 _deliver_live(folder, stores)
-        except Unavailable as failure:
+        except (Unavailable, OSError) as failure:
             left += 1
             error = str(failure)
     return SyncReport(delivered, alive, left, error)

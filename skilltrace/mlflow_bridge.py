@@ -10,13 +10,14 @@ import functools
 import importlib
 import http.client
 import os
+import queue
 import sys
 import threading
 import urllib.error
 import urllib.request
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -70,8 +71,9 @@ def _errors_sorted() -> Iterator[None]:
     except MlflowException as error:
         reason = f"{error.error_code}: {error.message}"
         raise (Refused if error.error_code in _REFUSALS else Unavailable)(reason) from error
-    except FileNotFoundError as error:
-        raise Refused(str(error)) from error
+    except (FileNotFoundError, AttributeError, TypeError, NotImplementedError) as error:
+        # An artifact that is gone, or an MLflow that lacks what is called: it will not come by waiting.
+        raise Refused(f"{type(error).__name__}: {error}") from error
     except Exception as error:
         raise Unavailable(f"{type(error).__name__}: {error}") from error
 
@@ -258,9 +260,23 @@ def _bound_requests() -> None:
         if _request_is_ours.get():
             max_retries = 0
             kwargs["timeout"] = _TIMEOUT
+        elif _traces_are_ours and threading.current_thread().name.startswith("MlflowTraceLogging"):
+            kwargs["timeout"] = _TIMEOUT
+            return _export(functools.partial(original, method, url, 0, *args, **kwargs), max_retries)
         return original(method, url, max_retries, *args, **kwargs)
 
     setattr(rest_utils, original.__name__, bounded)
+
+
+def _export(request: Callable[[], T], retries: int) -> T:
+    """Send a part of a trace, as patiently as MLflow does, but not beyond the end of the process."""
+    for attempt in range(retries):
+        try:
+            return request()
+        except Exception:
+            if _ending.wait(min(60.0, 2.0**attempt)):
+                raise
+    return request()
 
 
 # --- forks: a child gets MLflow's modules, locks and connections as they are at that moment -------------------------
@@ -317,14 +333,16 @@ def context_tags() -> dict[str, str]:
 
 # --- autologging and traces ------------------------------------------------------------------------------------------
 
+_traces_are_ours = False  # whether autologging was turned on here
+_ending = threading.Event()  # the process ends: traces that cannot be exported at once are given up
+
 
 def answers(uri: str, timeout: float) -> bool:
     """Whether something answers at a tracking URI: a file always does, a server within `timeout` seconds or not."""
     if not uri.startswith(("http://", "https://")):
         return uri.startswith(("sqlite", "file:")) or "://" not in uri
-    request = urllib.request.Request(f"{without_credentials(uri)}/health")
     try:
-        with urllib.request.urlopen(request, timeout=timeout):
+        with urllib.request.urlopen(f"{without_credentials(uri)}/health", timeout=timeout):  # noqa: S310  # it is http
             return True
     except urllib.error.HTTPError:
         return True  # "not found" and "not allowed" are answers too
@@ -333,7 +351,11 @@ def answers(uri: str, timeout: float) -> bool:
 
 
 def autolog(
-    store: Store, target: Target, *, allowed: Callable[[Callable[[], Any]], Any], options: Mapping[str, bool] | None = None
+    store: Store,
+    target: Target,
+    *,
+    allowed: Callable[[Callable[[], Any]], Any],
+    options: Mapping[str, bool] | None = None,
 ) -> None:
     """Turn on `mlflow.dspy.autolog`, with traces, compiles and evaluations going where the runs go.
 
@@ -344,6 +366,7 @@ def autolog(
         allowed: Runs a function that may call `dspy.configure` without becoming its owner.
         options: Arguments of `mlflow.dspy.autolog`.
     """
+    global _traces_are_ours
     experiment_id = store.experiment_id(target)
     with _importing:
         import mlflow
@@ -355,12 +378,14 @@ def autolog(
             mlflow.set_experiment(experiment_id=experiment_id)
         arguments: dict[str, Any] = {"log_compiles": True, "log_evals": True, "silent": True, **(options or {})}
         allowed(functools.partial(importlib.import_module("mlflow.dspy").autolog, **arguments))
+        _traces_are_ours = True
 
 
 @contextmanager
 def _environment_kept(*names: str) -> Iterator[None]:
-    """Undo what MLflow sets in the environment for child processes: it is where our settings are read from, and a
-    later `configure` must not take its own echo for the user's wish."""
+    """Undo what MLflow sets in the environment for child processes: a later `configure` would read it there, and take
+    our own echo for the user's wish.
+    """
     before = {name: os.environ.get(name) for name in names}
     try:
         yield
@@ -397,26 +422,31 @@ def _loaded(name: str) -> Any:
 
 
 def flush_traces(timeout: float) -> None:
-    """Wait until the traces made so far are exported, for `timeout` seconds at most."""
-    flush_all = _loaded("flush_trace_async_logging")
-    if flush_all is None:
+    """At the end of the process: wait until the traces made so far are exported, for `timeout` seconds at most.
+
+    What is left then is given up: MLflow's own hook would wait minutes for a server that is down.
+    """
+    _ending.set()
+    exports = _trace_queue()
+    if exports is None:
         return
+    with exports.all_tasks_done:
+        if exports.all_tasks_done.wait_for(lambda: not exports.unfinished_tasks, timeout):
+            return
+    with suppress(queue.Empty):
+        while True:
+            exports.get_nowait()
+            exports.task_done()
+    logger.warning("MLflow did not take all traces within %.1f s; the rest of them is lost.", timeout)
 
-    def flush() -> None:
-        try:
-            from mlflow.tracing import provider
 
-            # Where no trace was made, or each was exported at once, MLflow would log an error at being asked.
-            if hasattr(provider._get_trace_exporter(), "_async_queue"):
-                flush_all()
-        except Exception:
-            logger.debug("flushing traces", exc_info=True)  # a trace that is not exported MLflow reports itself
-
-    thread = threading.Thread(target=flush, name="skilltrace-traces", daemon=True)
-    thread.start()
-    thread.join(timeout)
-    if thread.is_alive():
-        logger.warning("MLflow's traces are not all exported after %.1f s.", timeout)
+def _trace_queue() -> queue.Queue[Any] | None:
+    try:
+        exporter = sys.modules["mlflow.tracing.provider"]._get_trace_exporter()
+        exports = exporter._async_queue._queue
+    except (KeyError, AttributeError):
+        return None  # no trace was made, or traces are exported in another way
+    return exports if isinstance(exports, queue.Queue) else None
 
 
 def run_url(uri: str, experiment_id: str, run_id: str, ui: str) -> str:

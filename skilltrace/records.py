@@ -79,10 +79,11 @@ class RunStarted(msgspec.Struct, frozen=True, tag="start", omit_defaults=True):
 
 
 class Logged(msgspec.Struct, frozen=True, tag="log", omit_defaults=True):
-    """Something was logged to a run while it was open."""
+    """Something was logged to a run. After its end `target` says where the run is to be found."""
 
     key: str
     ns: int
+    target: Target | None = None
     metrics: list[Metric] = []
     params: dict[str, str] = {}
     tags: dict[str, str] = {}

@@ -80,6 +80,8 @@ class _Names(dict[str, tuple[bool, str]]):
         self._redactor = redactor
 
     def __missing__(self, name: str) -> tuple[bool, str]:
+        if not isinstance(name, str):
+            return self[str(name)]  # users log under numbers too
         redactor = self._redactor
         known = redactor._names_a_secret(name), redactor.text(name)
         if len(name) <= _LONGEST_NAME:

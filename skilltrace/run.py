@@ -316,7 +316,8 @@ class Run:
 
     def _log(self, **what: Any) -> None:
         if self._generation == journal.generation and any(what.values()):
-            self._journal.append(Logged(self.key, time.time_ns(), **what))
+            target = self.target if self._ended else None
+            self._journal.append(Logged(self.key, time.time_ns(), target, **what))
 
     def note_trace(self, trace_id: str) -> None:
         """Have a trace linked to this run when it is delivered."""

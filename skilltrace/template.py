@@ -20,7 +20,8 @@ UNKNOWN = "unknown"
 _ITEM = r"\[[^\[\]{}]+\]"
 _FIELD = re.compile(rf"\s*([^\W\d_]\w*)((?:\.[^\W\d_]\w*|{_ITEM})*)\s*")
 # In a result a field may have any name: `"rouge-L"`, `"report.pass@1"`, `"[0].score"`.
-_PATH = re.compile(rf"\s*([^\W_][^.\[\]{{}}]*|{_ITEM})((?:\.[^\W_][^.\[\]{{}}]*|{_ITEM})*)\s*")
+_NAME = r"[^_\s.\[\]{}][^.\[\]{}]*"
+_PATH = re.compile(rf"\s*({_NAME}|{_ITEM})((?:\.{_NAME}|{_ITEM})*)\s*")
 _STEP = re.compile(r"\.([^.\[\]]+)|\[([^\[\]]+)\]")
 _MISSING: Any = object()
 _OPEN = Redactor()

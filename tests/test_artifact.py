@@ -524,7 +524,9 @@ def test_a_text_at_a_path_is_written_as_it_is():
     assert files_of('{"a": 1}', "report.json") == {"report.json": '{"a": 1}'}
 
 
-@pytest.mark.parametrize("path", ["../out.json", "/etc/out.json", "a/../../b", "", "..", "C:\\x", "a\0b", "a#b", "x" * 201])
+@pytest.mark.parametrize(
+    "path", ["../out.json", "/etc/out.json", "a/../../b", "", "..", "C:\\x", "a\0b", "a#b", "x" * 201]
+)
 def test_a_bad_path_is_refused_at_decoration(path):
     """A path that leaves the run, or that no store could hold, is an error where it is written down."""
     for artifacts in (path, {path: "field"}):
@@ -619,6 +621,21 @@ def test_a_serializer_may_return_its_own_type():
     assert files_of({"a": {"b": 1, "raw": 2}, "raw": 3}) == {"report.json": {"a": {"b": 1}}}
 
 
+def test_a_serializer_may_return_what_has_a_serializer():
+    """A class that is drawn as a data frame is CSV, as the frame itself would be."""
+    import pandas as pd
+
+    artifact.register(Molecule)(lambda molecule: pd.DataFrame({"name": [molecule.name]}))
+    assert files_of({"m": Molecule()}) == {"m.csv": "name\nwater\n"}
+
+
+def test_two_serializers_may_return_each_others_type():
+    """A circle of serializers comes to an end."""
+    artifact.register(Molecule)(lambda molecule: Opaque())
+    artifact.register(Opaque)(lambda opaque: Molecule())
+    assert "deeper than 50 levels" in str(files_of({"m": Molecule()}))
+
+
 def test_a_serializer_of_object_takes_what_nobody_knows(warned):
     """`register(object)` is for the rest: known types stay as they are."""
     artifact.register(object)(lambda value: {"type": type(value).__name__})
@@ -641,7 +658,9 @@ def test_a_serializer_that_raises_costs_its_value_only(store, warned):
     assert "RuntimeError" in warned()[0]
 
 
-@pytest.mark.parametrize(("type_", "suffix"), [("x", None), (5, None), (str, None), (Molecule, "svg"), (Molecule, "./a")])
+@pytest.mark.parametrize(
+    ("type_", "suffix"), [("x", None), (5, None), (str, None), (Molecule, "svg"), (Molecule, "./a")]
+)
 def test_register_refuses_what_it_cannot_use(type_, suffix):
     """No class, a class of Python's texts or numbers, and a bad suffix are errors at once."""
     with pytest.raises(ConfigurationError):
@@ -1165,7 +1184,9 @@ def test_a_path_that_is_no_text_is_refused(path):
         safe_path(path)
 
 
-@pytest.mark.parametrize("name", ["../../etc/hosts", "/etc/hosts", "a/b", "..", ".", "", "C:\\x", "a\0b", "a\nb", "語" * 300])
+@pytest.mark.parametrize(
+    "name", ["../../etc/hosts", "/etc/hosts", "a/b", "..", ".", "", "C:\\x", "a\0b", "a\nb", "語" * 300]
+)
 def test_a_field_name_never_leaves_the_run(store, name, tmp_path):
     """Any name of a field gives one file in the run's own folder."""
     run = record(store, {name: ["x"]})

@@ -72,9 +72,10 @@ def test_the_demos_runs_carry_what_the_design_names(demo):
         assert run.data.tags["service"] == "SkillService"
         assert run.data.tags["model"] == "openai/gpt-4o-mini"
         assert run.data.params["lm.model"] == "openai/gpt-4o-mini"
-        assert run.data.metrics["lm_tokens_total"] == run.data.metrics["lm_tokens_input"] + run.data.metrics[
-            "lm_tokens_output"
-        ]
+        assert (
+            run.data.metrics["lm_tokens_total"]
+            == run.data.metrics["lm_tokens_input"] + run.data.metrics["lm_tokens_output"]
+        )
         assert run.data.metrics["lm_duration"] > 0
         assert run.data.metrics["lm_cost"] > 0
         if phase != "job":

@@ -134,7 +134,11 @@ def test_three_requests_for_a_run_without_artifacts(mlflow_server):
         assert skilltrace.flush(30)
     finally:
         rest_utils._get_http_response_with_retries = original
-    assert [call for call in seen if call[1] != "search"] == [("POST", "create"), ("POST", "log-batch"), ("POST", "update")]
+    assert [call for call in seen if call[1] != "search"] == [
+        ("POST", "create"),
+        ("POST", "log-batch"),
+        ("POST", "update"),
+    ]
 
 
 # --- nothing lost ----------------------------------------------------------------------------------------------------
@@ -505,3 +509,40 @@ def test_credentials_of_the_tracking_uri_do_not_reach_the_journal(tmp_path):
     from skilltrace import mlflow_bridge
 
     assert mlflow_bridge._with_credentials["http://127.0.0.1:9"] == "http://ada:hunter22@127.0.0.1:9"
+
+
+def test_what_was_logged_after_the_end_is_found_again_by_another_deliverer(store, tmp_path):
+    """`sync` has delivered the run and forgotten it: the late record says where the run is."""
+    store.configure(delivery="external")
+    with tracked_phase("early") as run:
+        pass
+    delivery.sync(spool_of(tmp_path))
+    run.log_metric("late", 1)
+    delivery.sync(spool_of(tmp_path))
+    (stored,) = store.runs(flush=False)
+    assert stored.data.metrics["late"] == 1
+    assert delivery.status(spool_of(tmp_path)).rejected == 0
+
+
+def test_a_fault_of_ours_costs_one_run_and_keeps_its_content(store, monkeypatch, caplog):
+    """Delivery goes on with the next run; what the faulty one held is in the rejected file, and a report is logged."""
+    from skilltrace import faults, mlflow_bridge
+
+    real = mlflow_bridge.Store.create_run
+
+    def broken(self, experiment_id, name, *args):
+        if name == "broken":
+            raise ZeroDivisionError("a fault of ours")
+        return real(self, experiment_id, name, *args)
+
+    monkeypatch.setattr(mlflow_bridge.Store, "create_run", broken)
+    monkeypatch.setattr(faults, "_strict", False)
+    with tracked_phase("broken") as run:
+        run.log_text("precious", "notes.txt")
+    with tracked_phase("fine"):
+        pass
+    assert store.run().info.run_name == "fine"
+    kept = b"".join(path.read_bytes() for path in spool.rejected_files(skilltrace.status().spool)).decode()
+    assert "a fault of ours" in kept
+    assert "precious" in kept
+    assert "Please report it" in caplog.text
