@@ -167,7 +167,8 @@ def safe_path(path: str | os.PathLike[str]) -> str:
     text = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
     if not isinstance(text, str):
         raise ArtifactError(f"an artifact's path must be text, like 'reports/a.json', not {path!r}")
-    parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".")]
+    # A server takes spaces round a name away.
+    parts = [part for spaced in text.replace("\\", "/").split("/") if (part := spaced.strip(" ")) not in ("", ".")]
     if not parts or ".." in parts or text[0] in "/\\" or re.match(r"[A-Za-z]:", text):
         raise ArtifactError(
             f"{text!r} is no artifact path: it must be relative and stay inside the run, like 'reports/a.json'"

@@ -43,6 +43,7 @@ _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 # MLflow's own defaults (7 retries, 120 s) block for minutes, and repeat a POST whose answer was lost: one create_run
 # then makes several runs. Delivery retries itself, and knows how to look first.
 _TIMEOUT = (5.0, 30.0)  # seconds to connect, to read
+_TIMEOUT_OF_TRACES = (5.0, 10.0)  # MLflow exports them in threads that the end of the process waits for
 
 
 class Unavailable(Exception):
@@ -260,23 +261,25 @@ def _bound_requests() -> None:
         if _request_is_ours.get():
             max_retries = 0
             kwargs["timeout"] = _TIMEOUT
-        elif _traces_are_ours and threading.current_thread().name.startswith("MlflowTraceLogging"):
-            kwargs["timeout"] = _TIMEOUT
+        elif _traces_are_ours and threading.current_thread().name.lower().startswith("mlflowtracelogging"):
+            kwargs["timeout"] = _TIMEOUT_OF_TRACES
             return _export(functools.partial(original, method, url, 0, *args, **kwargs), max_retries)
         return original(method, url, max_retries, *args, **kwargs)
 
     setattr(rest_utils, original.__name__, bounded)
 
 
-def _export(request: Callable[[], T], retries: int) -> T:
+def _export(request: Callable[[], Any], retries: int) -> Any:
     """Send a part of a trace, as patiently as MLflow does, but not beyond the end of the process."""
-    for attempt in range(retries):
+    for attempt in range(retries + 1):
+        if _given_up:
+            raise TimeoutError("the process ends")
         try:
             return request()
         except Exception:
-            if _ending.wait(min(60.0, 2.0**attempt)):
+            if attempt == retries or _ending.wait(min(60.0, 2.0**attempt)):
                 raise
-    return request()
+    return None
 
 
 # --- forks: a child gets MLflow's modules, locks and connections as they are at that moment -------------------------
@@ -334,7 +337,8 @@ def context_tags() -> dict[str, str]:
 # --- autologging and traces ------------------------------------------------------------------------------------------
 
 _traces_are_ours = False  # whether autologging was turned on here
-_ending = threading.Event()  # the process ends: traces that cannot be exported at once are given up
+_ending = threading.Event()  # the process ends: what fails now is not tried again
+_given_up = False  # nothing more is sent
 
 
 def answers(uri: str, timeout: float) -> bool:
@@ -426,6 +430,7 @@ def flush_traces(timeout: float) -> None:
 
     What is left then is given up: MLflow's own hook would wait minutes for a server that is down.
     """
+    global _given_up
     _ending.set()
     exports = _trace_queue()
     if exports is None:
@@ -433,11 +438,12 @@ def flush_traces(timeout: float) -> None:
     with exports.all_tasks_done:
         if exports.all_tasks_done.wait_for(lambda: not exports.unfinished_tasks, timeout):
             return
+    _given_up = True
     with suppress(queue.Empty):
         while True:
             exports.get_nowait()
             exports.task_done()
-    logger.warning("MLflow did not take all traces within %.1f s; the rest of them is lost.", timeout)
+    logger.warning("MLflow did not take all traces before the end of the process; the rest of them is lost.")
 
 
 def _trace_queue() -> queue.Queue[Any] | None:

@@ -454,17 +454,24 @@ def current_run() -> Run | None:
 
 def activate(run: Run) -> tuple[Run | None, Any]:
     """Make `run` the current one here; returns what `deactivate` needs."""
-    before = _current.get()
+    before, inner = _current.get(), None
     _current.set(run)
-    return before, dspy_bridge.enter(run)
+    try:
+        inner = dspy_bridge.enter(run)
+    except Exception:
+        report("enter DSPy's context")
+    return before, inner
 
 
 def deactivate(run: Run, token: tuple[Run | None, Any]) -> None:
     """Undo `activate`. Not by the context variable's token: a generator may be closed in another context."""
     before, inner = token
-    dspy_bridge.leave(run, inner)
     if _current.get() is run:
         _current.set(before)
+    try:
+        dspy_bridge.leave(run, inner)
+    except Exception:
+        report("leave DSPy's context")
 
 
 def _adopt_dspy() -> None:

@@ -15,7 +15,7 @@ import sys
 import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, TypeVar, overload
 
 import wrapt
@@ -81,6 +81,8 @@ class _Call:
     __slots__ = ("_name", "_spec", "_token", "run")
 
     def __init__(self, site: _Site, owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if isinstance(owner, ModuleType):
+            owner = None  # what Python gives as the owner of a built-in function
         spec, parent = site.spec, current_run()
         settings = parent.settings if parent is not None else config.current()
         redactor = settings.redactor
@@ -136,10 +138,7 @@ class _Call:
 
     def leave(self) -> None:
         """Make the run around it the current one again."""
-        try:
-            deactivate(self.run, self._token)
-        except Exception:
-            report("leave a run")
+        deactivate(self.run, self._token)
 
     def close(self, exception: BaseException | None) -> None:
         """Write the end of the run."""
@@ -227,13 +226,13 @@ def _track_function(spec: Spec, function: Any) -> Any:
     if isinstance(function, TrackedFunction) and _spec_of(function).same_run(spec):
         function = function.__wrapped__  # decorated twice: one run, with the outer options
     # Through staticmethod and classmethod, not through `__wrapped__`: a decorator may have made an async function sync.
-    plain = getattr(function, "__func__", function)
+    unbound = plain = getattr(function, "__func__", function)
     while isinstance(plain, functools.partial):
         plain = plain.func
     name = getattr(plain, "__name__", None) or type(plain).__name__
     owner = getattr(plain, "__qualname__", name).rpartition(".")[0].rpartition(".")[2]
     service = owner if owner and owner != "<locals>" else getattr(plain, "__module__", None)
-    site = _Site(spec, "function" if name == "<lambda>" else name, service, capture.Binder(plain))
+    site = _Site(spec, "function" if name == "<lambda>" else name, service, capture.Binder(unbound))
     tracked: Any = TrackedFunction(function, _wrapper_for(site, plain))
     tracked._self_spec = spec
     return tracked

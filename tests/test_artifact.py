@@ -3,7 +3,7 @@
 import asyncio
 import collections
 import dataclasses
-import datetime
+import datetime as dt
 import decimal
 import enum
 import fractions
@@ -226,7 +226,7 @@ def test_scalars_stand_together_in_result_json():
     """Numbers, booleans, None, short texts and what reads as one of these share one file."""
     files = files_of(
         {
-            "n": 1, "x": 0.5, "ok": True, "none": None, "text": "t", "id": uuid.UUID(int=1), "day": datetime.date(2025, 1, 2),
+            "n": 1, "x": 0.5, "ok": True, "none": None, "text": "t", "id": uuid.UUID(int=1), "day": dt.date(2025, 1, 2),
             "path": pathlib.PurePosixPath("a/b"), "price": decimal.Decimal("1.50"), "part": fractions.Fraction(1, 4),
         }
     )  # fmt: skip
@@ -294,7 +294,7 @@ def test_keys_that_are_no_text_are_field_names_too():
         RED = "red"
 
     class Text(str):
-        pass
+        __slots__ = ()
 
     files = files_of({1: [1], Color.RED: [2], Text("t"): [3], None: 4, (1, 2): 5})
     assert files == {"1.json": [1], "red.json": [2], "t.json": [3], "result.json": {"None": 4, "(1, 2)": 5}}
@@ -454,7 +454,9 @@ def test_numpy_values_read_as_pythons():
     import numpy as np
 
     files = files_of(
-        {"array": np.arange(4).reshape(2, 2), "n": np.int32(1), "x": np.float32(0.5), "ok": np.bool_(True), "s": np.str_("t")}
+        {
+            "array": np.arange(4).reshape(2, 2), "n": np.int32(1), "x": np.float32(0.5), "ok": np.bool_(True), "s": np.str_("t")
+        }
     )  # fmt: skip
     assert files == {"array.json": [[0, 1], [2, 3]], "result.json": {"n": 1, "x": 0.5, "ok": True, "s": "t"}}
     msgspec.json.encode(files)
@@ -1006,7 +1008,7 @@ HOSTILE = {
     "AsyncMock": mock.AsyncMock,
     "lone surrogate": lambda: "\ud800",
     "mixed set": lambda: {1, "a", None, (2,), 2.5},
-    "mixed keys": lambda: {1: "a", "1": "b", None: "c", (1,): "d", 1.5: "e", True: "f"},
+    "mixed keys": lambda: {1: "a", "1": "b", None: "c", (1,): "d", 1.5: "e", False: "f"},
     "huge int": lambda: 10**5000,
     "big int": lambda: [2**64, -(2**64), 2**63 - 1],
     "nan": lambda: [math.nan, math.inf, -math.inf],
@@ -1030,7 +1032,7 @@ def _released():
 
 @pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_result_costs_nobody_anything(store, make, warned):
-    """As a result, as a field and deep inside: the caller gets it, at most one warning is given, the rest is recorded."""
+    """As a result, as a field and deep inside: the caller gets it, with one warning at most, and the rest is recorded."""
     value = make()
 
     @tracked_phase("whole")
@@ -1090,13 +1092,15 @@ def test_numbers_that_json_cannot_hold_are_text():
 
 def test_keys_that_read_the_same_are_all_kept():
     """1 and "1" are two keys: neither is lost."""
-    assert tree({1: "a", "1": "b", True: "c", None: "d"}) == {"1": "c", "1 (2)": "b", "None": "d"}
+    assert tree({1: "a", "1": "b", 1.5: "c", None: "d"}) == {"1": "a", "1 (2)": "b", "1.5": "c", "None": "d"}
 
 
 def test_texts_of_other_classes_become_plain_text():
     """A journal takes no subclasses of str: they are recorded as the text they are."""
 
     class Markup(str):
+        __slots__ = ()
+
         def __str__(self):
             return "lies"
 
@@ -1171,7 +1175,9 @@ def test_a_file_name_is_one_safe_name(name):
     assert len(made.encode()) <= 120
 
 
-@pytest.mark.parametrize("path", ["a/./b.json", "a//b.json", "./a/b.json", "a\\b.json", pathlib.PurePath("a/b.json")])
+@pytest.mark.parametrize(
+    "path", ["a/./b.json", "a//b.json", " a/ b.json ", "./a/b.json", "a\\b.json", pathlib.PurePath("a/b.json")], ids=str
+)
 def test_a_path_is_brought_to_its_shortest_form(path):
     """Spellings of one path are that path."""
     assert safe_path(path) == "a/b.json"
@@ -1258,7 +1264,7 @@ def test_log_dict_writes_yaml(store, suffix):
     import yaml
 
     with tracked_phase("phase") as run:
-        run.log_dict({"z": [1, 2], "a": {"ü": datetime.date(2025, 1, 2)}}, f"config.{suffix}")
+        run.log_dict({"z": [1, 2], "a": {"ü": dt.date(2025, 1, 2)}}, f"config.{suffix}")
     text = store.text(store.run(), f"config.{suffix}")
     assert yaml.safe_load(text) == {"z": [1, 2], "a": {"ü": "2025-01-02"}}
     assert text.index("z:") < text.index("a:")

@@ -56,18 +56,23 @@ SETTINGS = {
 BAD = [
     ("experiment", ""), ("experiment", " "), ("experiment", 5), ("experiment", "x" * 501), ("tracking_uri", ""),
     ("tracking_uri", 5), ("tracking_uri", "ftp://host"), ("tracking_uri", "localhost:5000"), ("tracking_uri", "http://"),
-    ("tracking_uri", "http://host:port"), ("artifact_location", ""), ("artifact_location", 5), ("tags", ["a"]), ("tags", "a=b"),
+    ("tracking_uri", "http://host:port"), ("artifact_location", ""), ("artifact_location", 5), ("tags", ["a"]),
+    ("tags", "a=b"),
     ("tags", {1: "a"}), ("tags", {"": "a"}), ("autolog", 1), ("autolog", "yes"), ("enabled", 0), ("enabled", "false"),
-    ("redact", "a"), ("redact", 5), ("redact", [5]), ("spool_dir", ""), ("spool_dir", 5), ("spool_dir", "~nobody-of-that-name/x"),
-    ("max_artifact_bytes", 0), ("max_artifact_bytes", 1023), ("max_artifact_bytes", "5000"), ("max_artifact_bytes", True),
+    ("redact", "a"), ("redact", 5), ("redact", [5]), ("spool_dir", ""), ("spool_dir", 5),
+    ("spool_dir", "~nobody-of-that-name/x"),
+    ("max_artifact_bytes", 0), ("max_artifact_bytes", 1023), ("max_artifact_bytes", "5000"),
+    ("max_artifact_bytes", True),
     ("max_artifact_bytes", 5000.0), ("delivery", "later"), ("delivery", True), ("delivery", []), ("flush_timeout", -1),
     ("flush_timeout", "1"), ("flush_timeout", float("nan")), ("flush_timeout", float("inf")), ("flush_timeout", True),
 ]  # fmt: skip
 
 BAD_VARIABLES = [
-    ("tracking_uri", "MLFLOW_TRACKING_URI", "ftp://host"), ("tags", "SKILLTRACE_TAGS", "a"), ("tags", "SKILLTRACE_TAGS", "=a"),
+    ("tracking_uri", "MLFLOW_TRACKING_URI", "ftp://host"), ("tags", "SKILLTRACE_TAGS", "a"),
+    ("tags", "SKILLTRACE_TAGS", "=a"),
     ("autolog", "SKILLTRACE_AUTOLOG", "maybe"), ("enabled", "SKILLTRACE_ENABLED", "2"),
-    ("max_artifact_bytes", "SKILLTRACE_MAX_ARTIFACT_BYTES", "ten"), ("max_artifact_bytes", "SKILLTRACE_MAX_ARTIFACT_BYTES", "5"),
+    ("max_artifact_bytes", "SKILLTRACE_MAX_ARTIFACT_BYTES", "ten"),
+    ("max_artifact_bytes", "SKILLTRACE_MAX_ARTIFACT_BYTES", "5"),
     ("delivery", "SKILLTRACE_DELIVERY", "later"), ("flush_timeout", "SKILLTRACE_FLUSH_TIMEOUT", "soon"),
     ("experiment", "MLFLOW_EXPERIMENT_NAME", " "), ("spool_dir", "SKILLTRACE_SPOOL_DIR", "~nobody-of-that-name/x"),
 ]  # fmt: skip
@@ -350,7 +355,7 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
 
 @pytest.fixture(params=["argument", "variable"])
 def switched_off(request, store, monkeypatch):
-    """skilltrace off, in each way."""
+    """The tracking is off, in each way."""
     if request.param == "argument":
         store.configure(enabled=False)
     else:

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import math
 import pickle
 import threading
 from dataclasses import dataclass
@@ -588,9 +589,12 @@ def test_partials_and_callable_objects_can_be_decorated(store):
         def __call__(self, a, b):
             return a + b
 
-    assert tracked_phase("partial")(functools.partial(lambda a, b: a + b, 1))(2) == 3
+    assert tracked_phase("partial")(functools.partial(lambda a, b, c: a + b + c, 1, c=0))(2) == 3
     assert tracked_phase("object")(Adder())(1, b=2) == 3
-    assert [run.info.run_name for run in store.runs()] == ["partial", "object"]
+    assert tracked_phase("built-in")(math.hypot)(3, 4) == 5
+    runs = store.runs()
+    assert [run.info.run_name for run in runs] == ["partial", "object", "built-in"]
+    assert [run.data.params for run in runs] == [{"b": "2", "c": "0"}, {"a": "1", "b": "2"}, {}]
 
 
 def test_a_sync_wrapper_around_an_async_function_stays_sync(store):

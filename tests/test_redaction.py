@@ -17,16 +17,21 @@ from skilltrace.errors import ConfigurationError
 from skilltrace.redaction import _SHAPES, MASK, Redactor, without_credentials
 
 SECRET_NAMES = [
-    "api_key", "apiKey", "API_KEY", "APIKey", "openai_api_key", "OPENAI_API_KEY", "x-api-key", "apikey", "api_keys", "token",
+    "api_key", "apiKey", "API_KEY", "APIKey", "openai_api_key", "OPENAI_API_KEY", "x-api-key", "apikey", "api_keys",
+    "token",
     "auth_token", "X-Auth-Token", "access_token", "accessToken", "refreshTokens", "hf_token", "password", "Password",
     "db_password", "dbPassword", "passwd", "pwd", "passphrase", "secret", "secrets", "client_secret", "clientSecret",
     "aws_secret_access_key", "private_key", "ssh_key", "authorization", "Authorization", "proxy-authorization", "auth",
-    "basic_auth", "credential", "credentials", "google_application_credentials", "cookie", "Set-Cookie", "bearer", "jwt",
-    "connection_string", "sentry_dsn", "api_base", "api_version", "api_type", "account_key", "signing-key", "bearer_token",
+    "basic_auth", "credential", "credentials", "google_application_credentials", "cookie", "Set-Cookie", "bearer",
+    "jwt",
+    "connection_string", "sentry_dsn", "api_base", "api_version", "api_type", "account_key", "signing-key",
+    "bearer_token",
 ]  # fmt: skip
 PLAIN_NAMES = [
-    "max_tokens", "tokens", "token_count", "tokenizer", "total_tokens", "lm_tokens_total", "keyboard", "key", "keys", "author",
-    "authors", "api", "api_calls", "apis", "secretary", "passed", "pass_rate", "cookiecutter", "monkey", "access", "skill_key",
+    "max_tokens", "tokens", "token_count", "tokenizer", "total_tokens", "lm_tokens_total", "keyboard", "key", "keys",
+    "author",
+    "authors", "api", "api_calls", "apis", "secretary", "passed", "pass_rate", "cookiecutter", "monkey", "access",
+    "skill_key",
     "content", "", "ключ", "123", "prompt_tokens", "reset", "connection", "string",
 ]  # fmt: skip
 
@@ -119,9 +124,12 @@ def test_a_secret_is_known_by_what_stands_round_it(text, secret):
 @pytest.mark.parametrize(
     "text",
     [
-        "a risk-assessment-and-mitigation-plan", "task-abcdefghijklmnopqrstuvwxyz", "the bearer of news", "eyJ is not a token",
-        "https://example.com/a:b@c", "mailto:ada@example.com", "ssh://git@github.com/a/b", "0123456789abcdef0123456789abcdef",
-        "conversation_history_of_the_last_session", str(2**200), "AKIA", "Basic training", "-----BEGIN CERTIFICATE-----\nMII",
+        "a risk-assessment-and-mitigation-plan", "task-abcdefghijklmnopqrstuvwxyz", "the bearer of news",
+        "eyJ is not a token",
+        "https://example.com/a:b@c", "mailto:ada@example.com", "ssh://git@github.com/a/b",
+        "0123456789abcdef0123456789abcdef",
+        "conversation_history_of_the_last_session", str(2**200), "AKIA", "Basic training",
+        "-----BEGIN CERTIFICATE-----\nMII",
     ],
 )  # fmt: skip
 def test_plain_text_is_left_alone(text):
@@ -159,7 +167,8 @@ def test_the_quick_look_misses_nothing(text):
 @pytest.mark.parametrize(
     "text",
     [
-        "-eyJ" * 250_000, "://a:" + "a:" * 500_000, "-----BEGIN " + "A " * 500_000 + "PRIVATE KEY", "bearer" + " " * 1_000_000,
+        "-eyJ" * 250_000, "://a:" + "a:" * 500_000, "-----BEGIN " + "A " * 500_000 + "PRIVATE KEY",
+        "bearer" + " " * 1_000_000,
         "sk-" * 300_000, "eyJ" + ("a" * 20 + ".") * 50_000, "a" * 1_000_000, "password=" * 100_000, "a='" * 300_000,
         "(" * 500_000 + "token=", "token=" + "(" * 500_000,
     ],

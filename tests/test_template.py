@@ -67,7 +67,10 @@ def test_fields_are_filled_from_attributes_and_items(template, text):
 
 @pytest.mark.parametrize(
     "template",
-    ["{missing}", "{request.missing}", "{request.options[missing]}", "{request.scores[9]}", "{request.broken}", "{n.real.x}", "{n[0]}", "{job_id:d}"],
+    [
+        "{missing}", "{request.missing}", "{request.options[missing]}", "{request.scores[9]}", "{request.broken}",
+        "{n.real.x}", "{n[0]}", "{job_id:d}",
+    ],
 )  # fmt: skip
 def test_a_field_that_cannot_be_filled_is_unknown_and_warns_once(template, warned):
     """The call goes on; the run says `unknown`, and one warning names the field."""
@@ -80,7 +83,8 @@ def test_a_field_that_cannot_be_filled_is_unknown_and_warns_once(template, warne
 @pytest.mark.parametrize(
     "template",
     [
-        "{", "}", "{}", "{0}", "{a.}", "{a..b}", "{a[}", "{a]}", "{a()}", "{a.b()}", "{a+b}", "{a!x}", "{a:{n}}", "{a b}",
+        "{", "}", "{}", "{0}", "{a.}", "{a..b}", "{a[}", "{a]}", "{a()}", "{a.b()}", "{a+b}", "{a!x}", "{a:{n}}",
+        "{a b}",
         "{__class__}", "{_a}", "{a._b}", "{a.__class__}", "{a[__class__]}", "{a['_b']}", "{a.b.__init__.__globals__}",
     ],
 )  # fmt: skip
@@ -126,7 +130,8 @@ def test_a_field_that_is_a_structure_shows_no_secrets():
 def test_the_users_redact_function_sees_fields():
     """What `redact=` returns for a name stands in names and tags too."""
     redactor = Redactor(lambda name, value: "someone" if name == "email" else value)
-    assert Template("{email}-{user.email}-{n}").render({"email": "a@b", "user": {"email": "c@d"}, "n": 1}, redactor) == "someone-someone-1"  # fmt: skip
+    values = {"email": "a@b", "user": {"email": "c@d"}, "n": 1}
+    assert Template("{email}-{user.email}-{n}").render(values, redactor) == "someone-someone-1"
 
 
 def test_templates_name_runs(store):
@@ -151,7 +156,8 @@ def test_templates_name_runs(store):
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("topic", "python"), ("scores[0]", 0.25), ("scores.1", 0.5), ("scores.x", None), ("options.level", "hard"), ("options[3]", "three"),
+        ("topic", "python"), ("scores[0]", 0.25), ("scores.1", 0.5), ("scores.x", None), ("options.level", "hard"),
+        ("options[3]", "three"),
         ("options.a b", "spaced"), (" topic ", "python"),
     ],
 )  # fmt: skip
