@@ -49,6 +49,7 @@ _BATCH_BYTES = 1 << 20
 _LINGER = 0.05  # seconds that a live journal is left alone after its first new record: short runs then come whole
 _LONGEST_PAUSE = 30.0  # seconds between attempts while MLflow is down
 _RECENT = 2000  # finished runs whose ids are kept, for children that start late
+_UPLOAD_ATTEMPTS = 5  # of one artifact, where MLflow answers otherwise
 _PARENT_PATIENCE = 60.0  # seconds that a run waits for a parent which another process has to deliver
 _PARENT_PAUSE = 0.2  # seconds between looks for it
 
@@ -76,6 +77,7 @@ class _Run:
     traces: list[str] = field(default_factory=list)
     new_turns: bool = False
     end: RunEnded | None = None
+    failed_uploads: int = 0  # of the first artifact
     doubtful: bool = False  # a create_run may have succeeded without our knowing
 
     def fold(self, record: RunStarted | Logged | RunEnded) -> None:
@@ -385,8 +387,13 @@ class Deliverer:
             run.artifacts.append(Artifact("conversation_history.json", json=[_turn(turn) for turn in run.turns]))
             run.new_turns = False
         while run.artifacts:
-            self._or_reject(key, run.artifacts[0].path, lambda: self._upload(store, run_id, run.artifacts[0]))
+            artifact = run.artifacts[0]
+            try:
+                self._upload(store, run_id, run)
+            except Refused as refusal:
+                self._reject(f"{artifact.path}: {refusal}", [key, msgspec.to_builtins(artifact)])
             run.artifacts.pop(0)
+            run.failed_uploads = 0
 
     def _log_one_by_one(self, store: Store, run_id: str, key: str, run: _Run) -> None:
         """One bad value makes MLflow refuse a whole batch: log the rest, and set aside what is refused."""
@@ -399,7 +406,17 @@ class Deliverer:
             tags = {name: value}
             self._or_reject(key, f"tag {name}", lambda tags=tags: store.log_batch(run_id, [], {}, tags))  # type: ignore[misc]
 
-    def _upload(self, store: Store, run_id: str, artifact: Artifact) -> None:
+    def _upload(self, store: Store, run_id: str, run: _Run) -> None:
+        try:
+            self._upload_file(store, run_id, run.artifacts[0])
+        except Unavailable as error:
+            # A server says "internal error" also of a path that it cannot have: then it would be so for ever.
+            run.failed_uploads += 1
+            if run.failed_uploads >= _UPLOAD_ATTEMPTS and store.answers():
+                raise Refused(str(error)) from error
+            raise
+
+    def _upload_file(self, store: Store, run_id: str, artifact: Artifact) -> None:
         folder, _, name = artifact.path.rpartition("/")
         # MLflow uploads files, under the name that they have.
         with tempfile.TemporaryDirectory(prefix=".upload-", dir=self.folder) as temporary:

@@ -15,6 +15,7 @@ import functools
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -148,7 +149,7 @@ def enter(run: Run) -> Any:
         # Not dspy.context: it copies the whole global configuration into the context, so that a dspy.configure inside
         # the run would have no effect there.
         overrides.set(after)
-        _ensure_callback()
+        _ensure_callbacks()
         return before, after
     except Exception:
         report("enter a run in DSPy's context")
@@ -192,25 +193,43 @@ def collector(run: Run, meter: Meter) -> Any:
 # --- the callback ----------------------------------------------------------------------------------------------------
 
 
-def _ensure_callback() -> None:
-    """Have our callback in the list that applies here, behind MLflow's.
+def _ensure_callbacks() -> None:
+    """Have MLflow's callback, where autologging is on, and behind it ours in the list that applies here.
 
-    It is put into the list in place: `dspy.configure` would make this thread the only one allowed to configure DSPy.
+    They are put into the list in place: `dspy.configure` would make this thread the only one allowed to configure DSPy.
     """
-    callbacks = _settings.settings.callbacks
-    if callbacks and callbacks[-1] is _callback:
+    callbacks, everywhere = _settings.settings.callbacks, _settings.main_thread_config["callbacks"]
+    if callbacks is everywhere and callbacks and callbacks[-1] is _callback:
         return
     with _callbacks_lock:
+        if callbacks is not everywhere:
+            _follow_autologging(callbacks, everywhere)
         if _callback in callbacks:
-            behind = callbacks[callbacks.index(_callback) + 1 :]
-            if not any(type(callback).__name__ == "MlflowCallback" for callback in behind):
+            if not _of_mlflow(callbacks[callbacks.index(_callback) + 1 :]):
                 return
             # A trace must have been started when we ask for its id.
             callbacks.remove(_callback)
         callbacks.append(_callback)
 
 
+def _follow_autologging(callbacks: list[Any], everywhere: list[Any]) -> None:
+    """A `dspy.context` has the callbacks of the time when it was entered; autologging goes on and off later."""
+    here, there = _of_mlflow(callbacks), _of_mlflow(everywhere)
+    for callback in here:
+        if callback in _followed and callback not in there:
+            callbacks.remove(callback)
+            here.remove(callback)
+    if there and not here:
+        callbacks.append(there[0])
+        _followed.add(there[0])
+
+
+def _of_mlflow(callbacks: list[Any]) -> list[Any]:
+    return [callback for callback in callbacks if type(callback).__name__ == "MlflowCallback"]
+
+
 _callbacks_lock = threading.Lock()
+_followed: weakref.WeakSet[Any] = weakref.WeakSet()  # MLflow's callbacks that were put into a context
 
 
 def _make_callback(base: type, lm_base: type) -> Any:

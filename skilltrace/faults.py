@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def warn_once(key: object, message: str, *args: object) -> None:
         if len(_said) > 10_000:
             _said.clear()
         _said.add(key)
-        logger.warning(message, *args)
+        _log(logging.WARNING, message, *args)
 
 
 def report(doing: str) -> None:
@@ -39,13 +39,20 @@ def report(doing: str) -> None:
     key = (doing, type(exception))
     if key not in _said:
         _said.add(key)
-        logger.error(
+        _log(
+            logging.ERROR,
             "skilltrace failed to %s; your code is not affected, but this is not recorded. "
             "Please report it to %s with the traceback below. (Said once per kind of fault.)",
             doing,
             _ISSUES,
             exc_info=True,
         )
+
+
+def _log(level: int, message: str, *args: object, exc_info: bool = False) -> None:
+    # It is called where something went wrong already, at the end of the stack perhaps: it must not raise in its turn.
+    with suppress(Exception):
+        logger.log(level, message, *args, exc_info=exc_info)
 
 
 @contextmanager

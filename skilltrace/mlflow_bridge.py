@@ -6,6 +6,7 @@ Importing it imports no MLflow; that happens when a function is first used, whic
 from __future__ import annotations
 
 import contextvars
+import errno
 import functools
 import importlib
 import http.client
@@ -60,6 +61,14 @@ _REFUSALS = frozenset(
 )
 
 
+# A path that the store's file system cannot have, or an MLflow that lacks what is called: it will not come by waiting.
+_FOR_GOOD = (
+    FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,
+    AttributeError, TypeError, NotImplementedError,
+)  # fmt: skip
+_ERRNO_FOR_GOOD = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
+
+
 @contextmanager
 def _errors_sorted() -> Iterator[None]:
     """Raise what MLflow raises as one of the two kinds that delivery acts on."""
@@ -72,11 +81,10 @@ def _errors_sorted() -> Iterator[None]:
     except MlflowException as error:
         reason = f"{error.error_code}: {error.message}"
         raise (Refused if error.error_code in _REFUSALS else Unavailable)(reason) from error
-    except (FileNotFoundError, AttributeError, TypeError, NotImplementedError) as error:
-        # An artifact that is gone, or an MLflow that lacks what is called: it will not come by waiting.
-        raise Refused(f"{type(error).__name__}: {error}") from error
     except Exception as error:
-        raise Unavailable(f"{type(error).__name__}: {error}") from error
+        for_good = isinstance(error, _FOR_GOOD) or (isinstance(error, OSError) and error.errno in _ERRNO_FOR_GOOD)
+        raise (Refused if for_good else Unavailable)(f"{type(error).__name__}: {error}") from error
+
 
 
 class Store:
@@ -164,6 +172,15 @@ class Store:
         """Upload a file; repeating it overwrites it with the same."""
         with _errors_sorted(), _bounded():
             self._client.log_artifact(run_id, str(file), folder or None)
+
+    def answers(self) -> bool:
+        """Whether the store serves requests now."""
+        try:
+            with _errors_sorted(), _bounded():
+                self._client.search_experiments(max_results=1)
+        except (Unavailable, Refused):
+            return False
+        return True
 
     def link_traces(self, run_id: str, trace_ids: list[str]) -> None:
         """Link traces to the run; they need not have arrived yet. MLflow takes 100 at a time."""

@@ -29,6 +29,7 @@ from skilltrace.usage import LMUsage, Meter
 if TYPE_CHECKING:
     from types import TracebackType
 
+_TURNS = "conversation_history.json"
 _PACKAGE = os.path.dirname(__file__) + os.sep
 _NOT_INHERITED = frozenset({"phase", "model", "error.type", "error.message"})
 _KILLED = (KeyboardInterrupt, SystemExit, asyncio.CancelledError, GeneratorExit)
@@ -68,6 +69,7 @@ class Run:
         "_tags",
         "_timer",
         "_traces",
+        "_turns",
         "collector",
         "key",
         "kind",
@@ -101,6 +103,7 @@ class Run:
         self._params = params
         self._ended = False
         self._traces: dict[str, None] = {}
+        self._turns = False
         self._journal = journal_ or journal.of(settings)
         self._generation = journal.generation
         self._meter = Meter()
@@ -227,7 +230,7 @@ class Run:
         redactor, new = self.settings.redactor, {}
         for key, value in params.items():
             name = capture.clean_key(key)
-            text = redactor.text(str(redactor.value(key, capture.text_of(value))))[: capture.LONGEST_LOGGED_PARAM]
+            text = redactor.text(capture.text_under(key, value, redactor))[: capture.LONGEST_LOGGED_PARAM]
             if self._params.setdefault(name, text) != text:
                 warn_once(("param", name), "The param %r keeps its first value: MLflow allows no second one.", name)
             else:
@@ -283,11 +286,10 @@ class Run:
         try:
             if source.is_dir():
                 files = sorted(path for path in source.rglob("*") if path.is_file())
-                kept = [
-                    self._journal.keep_file(path, prefix + path.relative_to(source.parent).as_posix()) for path in files
-                ]
+                places = [(path, prefix + path.relative_to(source.parent).as_posix()) for path in files]
             else:
-                kept = [self._journal.keep_file(source, prefix + source.name)]
+                places = [(source, prefix + source.name)]
+            kept = [self._journal.keep_file(path, artifact.safe_path(place)) for path, place in places]
         except OSError as error:
             raise ArtifactError(f"{os.fspath(local_path)!r} cannot be logged as an artifact: {error}") from error
         self._log(artifacts=kept)
@@ -306,6 +308,7 @@ class Run:
             ...     run.log_turn("user", "Python decorators")
         """
         tree = artifact.JsonTree(self.settings.redactor, self.settings.max_artifact_bytes).of(content)
+        self._turns = True
         self._log(turns=[Turn(str(role), tree, time.time_ns())])
 
     def _artifact(self, path: str, value: Any) -> Artifact:
@@ -344,7 +347,7 @@ class Run:
         files: list[Artifact] = []
         # Each part by itself: a fault in one must not cost the others, nor the end of the run.
         try:
-            for key, value in capture.metrics(self.result, metrics).items():
+            for key, value in capture.metrics(self.result, metrics, self.settings.redactor).items():
                 figures[f"result.{key}" if key in _RESERVED_METRICS else key] = value
         except Exception:
             report("take the metrics of a result")
@@ -355,6 +358,7 @@ class Run:
                 name=file_name,
                 redactor=self.settings.redactor,
                 max_bytes=self.settings.max_artifact_bytes,
+                taken=artifact.OWN_FILES | ({_TURNS} if self._turns else set()),
             )
         except Exception:
             report("take the artifacts of a result")
@@ -370,7 +374,7 @@ class Run:
         if exception is not None and not isinstance(exception, GeneratorExit):
             tags.update(_error_tags(exception, self.settings))
             if not isinstance(exception, _KILLED):
-                files.append(Artifact("error.txt", text=self.settings.redactor.text(_traceback(exception))))
+                files.append(Artifact("error.txt", text=self.settings.redactor.printed(_traceback(exception))))
         self._tags.update(tags)
         self._journal.append(
             RunEnded(

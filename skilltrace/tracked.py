@@ -754,7 +754,11 @@ def _checked_artifacts(artifacts: Any) -> ArtifactsOption:
         if isinstance(artifacts, str):
             return safe_path(artifacts)
         if isinstance(artifacts, Mapping) and _are_picks(artifacts, "artifacts"):
-            return {safe_path(path): pick for path, pick in artifacts.items()}
+            picks = {safe_path(path): pick for path, pick in artifacts.items()}
+            for path in picks:
+                if any(other.startswith(f"{path}/") for other in picks):
+                    raise ArtifactError(f"{path!r} cannot be a file and a folder")
+            return picks
     except ArtifactError as error:
         raise ConfigurationError(f"artifacts: {error}") from None
     raise ConfigurationError(

@@ -24,7 +24,7 @@ import attrs
 import msgspec
 import pydantic
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import skilltrace
@@ -453,11 +453,8 @@ def test_numpy_values_read_as_pythons():
     """Arrays are lists; NumPy's scalars are numbers, also where Python's `numbers` does not know them."""
     import numpy as np
 
-    files = files_of(
-        {
-            "array": np.arange(4).reshape(2, 2), "n": np.int32(1), "x": np.float32(0.5), "ok": np.bool_(True), "s": np.str_("t")
-        }
-    )  # fmt: skip
+    result = {"array": np.arange(4).reshape(2, 2), "n": np.int32(1), "x": np.float32(0.5), "ok": np.bool_(True)}
+    files = files_of({**result, "s": np.str_("t")})
     assert files == {"array.json": [[0, 1], [2, 3]], "result.json": {"n": 1, "x": 0.5, "ok": True, "s": "t"}}
     msgspec.json.encode(files)
 
@@ -1032,7 +1029,7 @@ def _released():
 
 @pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_result_costs_nobody_anything(store, make, warned):
-    """As a result, as a field and deep inside: the caller gets it, with one warning at most, and the rest is recorded."""
+    """As a result, as a field and deep inside: the caller gets it, one warning is given, the rest is recorded."""
     value = make()
 
     @tracked_phase("whole")
@@ -1123,6 +1120,7 @@ values = st.recursive(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(value=values, size=st.sampled_from([1024, 1500, MAX]))
 def test_any_value_becomes_json(value, size):
     """Whatever a result is made of, its tree is valid JSON of plain types, and no exception comes out."""
@@ -1131,6 +1129,7 @@ def test_any_value_becomes_json(value, size):
     json.dumps(made, allow_nan=False)
 
 
+@settings(deadline=None)
 @given(value=values)
 def test_any_value_becomes_files(value):
     """Whatever a result is, its files have different, safe names, and contents that a journal takes."""
@@ -1153,6 +1152,7 @@ def _replaced(value):
 # --- paths and names -------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(path=st.text(alphabet=st.characters(codec="utf-8") | st.sampled_from("./\\:~%#?"), max_size=30))
 def test_a_safe_path_stays_in_its_folder(path):
     """Whatever is accepted lies, when joined to a folder, inside of it."""
@@ -1166,6 +1166,7 @@ def test_a_safe_path_stays_in_its_folder(path):
     assert safe_path(safe) == safe
 
 
+@settings(deadline=None)
 @given(name=st.text(max_size=300))
 def test_a_file_name_is_one_safe_name(name):
     """Any text becomes one name that a file system and MLflow take."""

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 import pydantic
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import skilltrace
@@ -224,6 +224,7 @@ def test_a_bad_call_raises_what_it_would_have(store):
     assert [run.info.status for run in store.runs()] == ["FAILED", "FAILED"]
 
 
+@settings(deadline=None)
 @given(args=st.lists(st.integers(), max_size=5), kwargs=st.dictionaries(st.sampled_from("abcdxy"), st.integers()))
 def test_a_binder_binds_as_python_does(args, kwargs):
     """Where Python accepts the call, the arguments are found by the names that they have in it."""
@@ -256,7 +257,6 @@ def test_a_binder_knows_what_a_partial_has_filled_in():
     assert Binder(functools.partial(function, 1, c=3)).bind(None, (2,), {}) == ({"b": 2, "c": 3}, None)
 
 
-@pytest.mark.xfail(reason="tracked.py gives Binder the function inside the partial", strict=True)
 def test_arguments_of_a_partial_are_params(store):
     """What `functools.partial` has filled in does not shift the others."""
 
@@ -529,6 +529,7 @@ def test_a_key_that_is_replaced_is_said_once(store, warned):
     assert "'a_b'" in warned()[0]
 
 
+@settings(deadline=None)
 @given(key=st.text(max_size=300) | st.text(alphabet="./a ", max_size=10))
 def test_a_clean_key_is_taken_by_mlflow(key):
     """MLflow's own validation accepts each key that comes out."""
@@ -594,6 +595,7 @@ def test_a_tag_whose_text_raises_does_not_cost_the_others(store):
     assert "RuntimeError" in run.data.tags["broken"]
 
 
+@settings(deadline=None)
 @given(tags=st.dictionaries(st.text(), st.text() | st.integers() | st.none() | st.floats()))
 def test_clean_tags_are_taken_by_mlflow(tags):
     """Whatever the tags are, what comes out are texts within MLflow's limits."""

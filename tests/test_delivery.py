@@ -546,3 +546,19 @@ def test_a_fault_of_ours_costs_one_run_and_keeps_its_content(store, monkeypatch,
     assert "a fault of ours" in kept
     assert "precious" in kept
     assert "Please report it" in caplog.text
+
+
+@pytest.mark.parametrize("paths", [("a", "a/b.txt"), ("a/b.txt", "a")])
+def test_a_path_that_the_store_cannot_have_costs_one_artifact(any_store, paths):
+    """A file where a folder is: set aside with its content, and what comes behind is delivered."""
+    with tracked_phase("a") as run:
+        for number, path in enumerate(paths):
+            run.log_text(f"text {number}", path)
+        run.log_text("behind", "behind.txt")
+    with tracked_phase("next"):
+        pass
+    runs = any_store.runs()
+    assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
+    assert any_store.files(runs[0]) == sorted([paths[0], "behind.txt"])
+    kept = b"".join(path.read_bytes() for path in spool.rejected_files(skilltrace.status().spool)).decode()
+    assert "text 1" in kept

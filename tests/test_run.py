@@ -231,3 +231,17 @@ def test_a_bare_thread_has_no_run_of_its_own(store):
         thread.start()
         thread.join()
     assert seen == [None]
+
+
+def test_turns_and_a_result_of_the_same_name_are_both_kept(store):
+    """The transcript has the name; the field of the result gets another."""
+
+    @tracked_phase
+    def chat():
+        skilltrace.log_turn("user", "hi")
+        return {"conversation_history": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+
+    chat()
+    run = store.run()
+    assert [turn["content"] for turn in store.json(run, "conversation_history.json")] == ["hi"]
+    assert len(store.json(run, "conversation_history_2.json")) == 2

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skilltrace import tracked_phase
@@ -96,6 +96,7 @@ def test_a_bad_template_is_refused_at_decoration(template):
         tracked_phase("p", tags={"t": template})
 
 
+@settings(deadline=None)
 @given(text=st.text(alphabet="{}[]!:.()_'ab0 ", max_size=20))
 def test_any_text_is_a_template_or_an_error(text):
     """Nothing but ConfigurationError comes out of a template, and rendering one never raises."""
