@@ -21,7 +21,7 @@ _PROBE = 1.0  # seconds within which a server must have answered to be waited fo
 _PATIENCE = 60.0  # seconds to wait for a store that answers: MLflow is imported, a new database gets its schema
 
 options: Mapping[str, bool] = {}
-"""Arguments of `mlflow.dspy.autolog`, other than its defaults here, for what is turned on from now on."""
+"""Arguments of `mlflow.dspy.autolog`, other than its defaults here; they hold until it is turned off."""
 
 _attempt: _Attempt | None = None  # the latest: what is wanted
 _done: tuple[Target, Mapping[str, bool]] | None = None  # what is on
@@ -116,9 +116,9 @@ def ensure(settings: Settings) -> bool:
 
 def disable() -> None:
     """Turn autologging off where it was turned on here. Never raises."""
-    global _attempt
+    global _attempt, options
     with _lock:
-        _attempt = None
+        _attempt, options = None, {}
     if not _turning.acquire(timeout=_PROBE):
         return  # the attempt that is under way will see that it is no longer wanted
     try:

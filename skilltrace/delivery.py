@@ -412,7 +412,8 @@ class Deliverer:
         except Unavailable as error:
             # A server says "internal error" also of a path that it cannot have: then it would be so for ever.
             run.failed_uploads += 1
-            if run.failed_uploads >= _UPLOAD_ATTEMPTS and store.answers():
+            server = store.uri.startswith("http")
+            if server and run.failed_uploads >= _UPLOAD_ATTEMPTS and mlflow_bridge.answers(store.uri, timeout=5.0):
                 raise Refused(str(error)) from error
             raise
 

@@ -214,12 +214,11 @@ def _ensure_callbacks() -> None:
 
 def _follow_autologging(callbacks: list[Any], everywhere: list[Any]) -> None:
     """A `dspy.context` has the callbacks of the time when it was entered; autologging goes on and off later."""
-    here, there = _of_mlflow(callbacks), _of_mlflow(everywhere)
-    for callback in here:
+    there = _of_mlflow(everywhere)
+    for callback in _of_mlflow(callbacks):
         if callback in _followed and callback not in there:
             callbacks.remove(callback)
-            here.remove(callback)
-    if there and not here:
+    if there and not _of_mlflow(callbacks):
         callbacks.append(there[0])
         _followed.add(there[0])
 

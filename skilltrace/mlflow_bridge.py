@@ -173,15 +173,6 @@ class Store:
         with _errors_sorted(), _bounded():
             self._client.log_artifact(run_id, str(file), folder or None)
 
-    def answers(self) -> bool:
-        """Whether the store serves requests now."""
-        try:
-            with _errors_sorted(), _bounded():
-                self._client.search_experiments(max_results=1)
-        except (Unavailable, Refused):
-            return False
-        return True
-
     def link_traces(self, run_id: str, trace_ids: list[str]) -> None:
         """Link traces to the run; they need not have arrived yet. MLflow takes 100 at a time."""
         with _errors_sorted(), _bounded():
@@ -283,7 +274,7 @@ def _bound_requests() -> None:
             return _export(functools.partial(original, method, url, 0, *args, **kwargs), max_retries)
         return original(method, url, max_retries, *args, **kwargs)
 
-    setattr(rest_utils, original.__name__, bounded)
+    vars(rest_utils)["_get_http_response_with_retries"] = bounded
 
 
 def _export(request: Callable[[], Any], retries: int) -> Any:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from types import TracebackType
 
 from skilltrace import autolog, config, dspy_bridge, mlflow_bridge
-from skilltrace.errors import DeliveryError
+from skilltrace.errors import ConfigurationError, DeliveryError
 from skilltrace.faults import logger, report
 from skilltrace.run import Run, current_run
 from skilltrace.tracked import Tracked, tracked_job, tracked_phase
@@ -54,10 +54,17 @@ def setup_dspy_autologging(
         >>> setup_dspy_autologging(disable=True)
         False
     """
+    before = autolog.options
     if not disable:
         dspy_bridge.load()
         autolog.options = {"log_compiles": log_compiles, "log_evals": log_evals, "log_traces": log_traces}
-    settings = config.configure(experiment_name, tracking_uri=tracking_uri, autolog=not disable, enabled=not disable)
+    try:
+        settings = config.configure(
+            experiment_name, tracking_uri=tracking_uri, autolog=not disable, enabled=not disable
+        )
+    except ConfigurationError:
+        autolog.options = before
+        raise
     return autolog.ensure(settings)
 
 

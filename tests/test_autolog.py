@@ -39,9 +39,7 @@ def questions(store, run):
 @pytest.fixture(autouse=True)
 def off_afterwards():
     yield
-    skilltrace.flush(30)
     autolog.disable()
-    autolog.options = {}
 
 
 # --- traces ----------------------------------------------------------------------------------------------------------

@@ -474,7 +474,10 @@ def test_a_tracked_class_stays_the_class():
     after = tracked_phase("same")(Before)
     assert after is Before
     assert (after.__name__, after.__doc__, after.__mro__[1]) == ("Before", "What it is for.", Plain)
-    assert str(inspect.signature(after.forward)) == "(self, question: str, n: int = 1) -> dspy.primitives.prediction.Prediction"
+    assert (
+        str(inspect.signature(after.forward))
+        == "(self, question: str, n: int = 1) -> dspy.primitives.prediction.Prediction"
+    )
     assert after.forward.__doc__ == "What it does."
     assert inspect.iscoroutinefunction(after.aforward)
     assert inspect.iscoroutinefunction(after.acall)

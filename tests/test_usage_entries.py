@@ -46,7 +46,9 @@ def test_the_total_is_the_providers():
     assert tokens(read_entry(entry({**CHAT, "total_tokens": 40}))) == (10, 5, 40)
 
 
-@pytest.mark.parametrize("usage", [0, None, {}, {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}, "", []])
+@pytest.mark.parametrize(
+    "usage", [0, None, {}, {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}, "", []]
+)
 def test_a_usage_without_tokens_is_none(usage):
     """`DummyLM` of DSPy 3.1.2 gives `usage=0`, a silent provider zeros or nothing: no tokens, and no cached call."""
     call = read_entry(entry(usage, response=SimpleNamespace(usage=usage)))
