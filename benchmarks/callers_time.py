@@ -91,7 +91,8 @@ def main() -> None:
                 skilltrace.configure("benchmark", **options, **extra)
                 times[name] += timed(job, calls)
                 skilltrace.flush(300)
-        print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, MLflow {mlflow.__version__}")
+        versions = f"Python {platform.python_version()}, MLflow {mlflow.__version__}"
+        print(f"{platform.machine()}, {os.cpu_count()} cores, {versions}")
         print("| way | median, µs a call | p99, µs |")
         print("|---|---:|---:|")
         for name, values in times.items():

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Mapping
 
-from skilltrace import config, delivery, dspy_bridge, mlflow_bridge
+from skilltrace import config, delivery, dspy_bridge, mlflow_bridge, spool
 from skilltrace.config import Settings
 from skilltrace.faults import report, warn_once
 from skilltrace.mlflow_bridge import Refused, Store, Unavailable
@@ -72,7 +72,7 @@ class _Attempt:
                     return
                 _turn_off()  # traces for this store must not go to the one before
             mlflow_bridge.know(settings.tracking_uri)
-            store = Store(target.uri, delivery.opening(settings.tracking_uri, settings.spool_dir))
+            store = Store(target.uri, spool.opening(settings.tracking_uri, settings.spool_dir))
             store.experiment_id(target)
             with _turning:
                 if _attempt is self and _done != self.goal:

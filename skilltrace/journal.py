@@ -160,7 +160,7 @@ class Journal:
         return delivery.find(key, target, run_id)
 
     def close(self, timeout: float) -> bool:
-        """Deliver, end the thread, and remove the journal where nothing is left in it. A later record opens a new one."""
+        """Deliver, end the thread, and remove the journal where nothing is left in it; a later record opens another."""
         with self._lock:
             worker, self.worker = self.worker, None
             folder = self.folder
@@ -195,7 +195,7 @@ class Nowhere(Journal):
         """Leave the artifact as it is."""
         return artifact
 
-    def keep_file(self, source: Path, path: str) -> Artifact:
+    def keep_file(self, source: Path, path: str) -> Artifact:  # noqa: ARG002  # as its base
         """Copy nothing."""
         return Artifact(path)
 
@@ -254,7 +254,8 @@ def flush(timeout: float | None = None) -> bool:
         True
     """
     deadline = time.monotonic() + (config.current().flush_timeout if timeout is None else timeout)
-    return all([journal.flush(max(0.0, deadline - time.monotonic())) for journal in list(_journals.values())])
+    delivered = [journal.flush(max(0.0, deadline - time.monotonic())) for journal in list(_journals.values())]
+    return all(delivered)
 
 
 def shutdown(timeout: float | None = None) -> bool:
@@ -272,7 +273,8 @@ def shutdown(timeout: float | None = None) -> bool:
         True
     """
     deadline = time.monotonic() + (config.current().flush_timeout if timeout is None else timeout)
-    return all([journal.close(max(0.0, deadline - time.monotonic())) for journal in list(_journals.values())])
+    delivered = [journal.close(max(0.0, deadline - time.monotonic())) for journal in list(_journals.values())]
+    return all(delivered)
 
 
 def status() -> DeliveryStatus:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextvars
 import errno
 import functools
-import importlib
 import http.client
+import importlib
 import os
 import queue
 import sys
@@ -56,8 +56,17 @@ class Refused(Exception):
 
 
 _REFUSALS = frozenset(
-    "INVALID_PARAMETER_VALUE BAD_REQUEST INVALID_STATE RESOURCE_DOES_NOT_EXIST NOT_FOUND ENDPOINT_NOT_FOUND "
-    "NOT_IMPLEMENTED RESOURCE_ALREADY_EXISTS FEATURE_DISABLED".split()
+    [
+        "INVALID_PARAMETER_VALUE",
+        "BAD_REQUEST",
+        "INVALID_STATE",
+        "RESOURCE_DOES_NOT_EXIST",
+        "NOT_FOUND",
+        "ENDPOINT_NOT_FOUND",
+        "NOT_IMPLEMENTED",
+        "RESOURCE_ALREADY_EXISTS",
+        "FEATURE_DISABLED",
+    ]
 )
 
 
@@ -84,7 +93,6 @@ def _errors_sorted() -> Iterator[None]:
     except Exception as error:
         for_good = isinstance(error, _FOR_GOOD) or (isinstance(error, OSError) and error.errno in _ERRNO_FOR_GOOD)
         raise (Refused if for_good else Unavailable)(f"{type(error).__name__}: {error}") from error
-
 
 
 class Store:

@@ -104,7 +104,7 @@ class MLflowContext:
         """The id of the run in MLflow; None where MLflow does not answer in time."""
         return _run_id(self._run)
 
-    def __enter__(self) -> MLflowContext:
+    def __enter__(self) -> MLflowContext:  # noqa: PYI034  # typing.Self is not in Python 3.10
         # A name or a tag is text here, not a template: braces stand for themselves.
         name = self._name.replace("{", "{{").replace("}", "}}")
         tags = {key: str(value).replace("{", "{{").replace("}", "}}") for key, value in self._tags.items()}

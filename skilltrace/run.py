@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _TURNS = "conversation_history.json"
-_PACKAGE = os.path.dirname(__file__) + os.sep
+_PACKAGE = f"{Path(__file__).parent}{os.sep}"
 _NOT_INHERITED = frozenset({"phase", "model", "error.type", "error.message"})
 _KILLED = (KeyboardInterrupt, SystemExit, asyncio.CancelledError, GeneratorExit)
 _RESERVED_METRICS = frozenset({*LMUsage(cost=0.0).metrics(), "duration"})
@@ -221,7 +221,8 @@ class Run:
 
     def log_param(self, key: str, value: Any) -> Any:
         """Log a param and return its value. In MLflow a param keeps its first value: a second one is left out, with a
-        warning. Text over 6000 characters is cut, as MLflow does."""
+        warning. Text over 6000 characters is cut, as MLflow does.
+        """
         self.log_params({key: value})
         return value
 

@@ -15,10 +15,12 @@ The locks are `flock`s: the kernel lets go of them when their process ends, howe
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import secrets
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,6 +135,30 @@ def try_lock(path: Path, *, create: bool = False) -> int | None:
         pass
     os.close(descriptor)
     return None
+
+
+@contextmanager
+def opening(uri: str, spool: Path) -> Iterator[None]:
+    """Hold, for the first use of a local database, a lock that all processes of this spool share."""
+    local = uri.startswith("sqlite")
+    try:
+        if local:
+            prepare(spool)
+    except OSError:
+        local = False  # the journal's side says that the folder cannot be written
+    if not local:
+        yield
+        return
+    name = hashlib.sha256(uri.encode()).hexdigest()[:16]
+    path = spool / f".store-{name}.lock"
+    deadline = time.monotonic() + 60
+    pause = threading.Event()  # never set: a lock of another process has no event to wait for
+    while True:
+        with held(path) as mine:
+            if mine or time.monotonic() > deadline:
+                yield
+                return
+        pause.wait(0.05)
 
 
 def lock_delivery(folder: Path) -> int | None:

@@ -762,8 +762,8 @@ def _checked_artifacts(artifacts: Any) -> ArtifactsOption:
     except ArtifactError as error:
         raise ConfigurationError(f"artifacts: {error}") from None
     raise ConfigurationError(
-        "artifacts must be True, False, a path such as 'report.json', or a mapping from paths to paths in the result or "
-        f"functions of it, not {artifacts!r:.100}"
+        "artifacts must be True, False, a path such as 'report.json', or a mapping from paths to paths in the result "
+        f"or functions of it, not {artifacts!r:.100}"
     )
 
 

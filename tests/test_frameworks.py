@@ -60,5 +60,5 @@ def tracked_fixture(tmp_path):
 
 @tracked_phase("test")
 def test_pytest_fixtures_and_tests(store, tracked_fixture, tmp_path):
-    """pytest fills in the arguments of tracked fixtures and tests."""
+    """Pytest fills in the arguments of tracked fixtures and tests."""
     assert tracked_fixture == tmp_path.name

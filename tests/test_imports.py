@@ -107,7 +107,7 @@ def test_one_module_knows_each_heavy_package(package, owner):
 
 
 def test_imports_go_one_way():
-    """decorators → run → journal → delivery → MLflow: no module reaches one before it in the line."""
+    """Decorators → run → journal → delivery → MLflow: no module reaches one before it in the line."""
     for position, name in enumerate(LINE):
         assert not reachable(name) & set(LINE[:position]), name
 
@@ -173,7 +173,7 @@ assert job.usage.calls == 1
 
 
 def test_a_module_is_tracked_whose_dspy_was_imported_last(python):
-    """skilltrace first, DSPy later, then a decorated class."""
+    """Skilltrace first, DSPy later, then a decorated class."""
     python(
         """
 import skilltrace

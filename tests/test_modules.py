@@ -543,7 +543,7 @@ def test_pickled_modules_are_tracked(store, pickler, make):
 
 
 def test_a_class_pickled_by_value_is_tracked(store, lm):
-    """cloudpickle takes a class that it cannot import by value, with its mark."""
+    """Cloudpickle takes a class that it cannot import by value, with its mark."""
 
     @tracked_phase("local", metrics={"length": lambda made: len(made.answer)})
     class Local(Plain):
