@@ -128,11 +128,12 @@ class Worker:
                 self._succeeded(busy)
                 if busy:
                     continue
-                if self._stopping:
-                    break
                 if leftovers:
+                    # Also while stopping, as long as its caller waits: where all processes are short, who else would?
                     self._recover(leftovers.pop())
                     continue
+                if self._stopping:
+                    break
                 self._news.wait()
                 self._news.clear()
                 self._linger()

@@ -119,7 +119,7 @@ def test_the_trace_of_a_call_that_failed_is_linked(autologging, lm):
 
 
 def test_a_process_that_ends_at_once_has_its_traces(store, python):
-    """A short program, configured by the environment, with its first run in an async task: nothing is lost at its end."""
+    """A short program, set up by the environment, with its first run in an async task: nothing is lost at its end."""
     python(
         """
 import asyncio
@@ -165,7 +165,7 @@ def test_first_runs_that_start_at_once_all_have_their_traces(store, lm, monkeypa
 
 
 def test_it_is_on_at_configure(store):
-    """By default `configure` turns it on, where DSPy is imported, and points MLflow at the same store and experiment."""
+    """By default `configure` turns it on, if DSPy is imported, and points MLflow at the same store and experiment."""
     import mlflow
 
     store.configure(autolog=None)
@@ -285,7 +285,7 @@ def test_our_callback_moves_behind_an_mlflow_callback_that_comes_later(store, lm
 
 
 def test_an_open_context_follows_autologging(store, lm):
-    """A `dspy.context` entered before autologging went on has its callback from the next run on, and not when it is off."""
+    """A `dspy.context` entered before autologging went on has its callback from the next run on, while it is on."""
     with dspy.context(lm=lm):
         store.configure(autolog=True)
         with tracked_phase("on"):
