@@ -668,7 +668,8 @@ class JsonTree:
             if type(key) is not str or key not in plain_names:
                 text = key if type(key) is str else _key_text(key, redactor)
                 secret, name = redactor.names[text if len(text) < _LONGEST_KEY else text[:_LONGEST_KEY] + _OVER_SIZE]
-                value = MASK if secret else redactor.value(text, value)  # noqa: PLW2901  # what is recorded of it
+                recorded: Any = MASK if secret else redactor.value(text, value)
+                value = recorded  # noqa: PLW2901  # what is recorded of it
             if name in tree:
                 name = _unique(name, tree)
             kind = type(value)

@@ -283,10 +283,11 @@ def _parse_flag(text: str) -> bool:
 
 
 def _redact(value: Any) -> Redact:
-    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and not callable(value):
-        value = tuple(value)  # a generator can be read once only
-    Redactor(value)  # raises where it cannot be used
-    return value  # type: ignore[no-any-return]  # checked by Redactor
+    readable = isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and not callable(value)
+    redact: Any = tuple(value) if readable else value  # a generator can be read once only
+    Redactor(redact)  # raises where it cannot be used
+    checked: Redact = redact
+    return checked
 
 
 def _folder(value: Any) -> Path:

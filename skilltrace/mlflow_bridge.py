@@ -282,7 +282,7 @@ def _bound_requests() -> None:
             return _export(functools.partial(original, method, url, 0, *args, **kwargs), max_retries)
         return original(method, url, max_retries, *args, **kwargs)
 
-    vars(rest_utils)["_get_http_response_with_retries"] = bounded
+    rest_utils.__dict__["_get_http_response_with_retries"] = bounded
 
 
 def _export(request: Callable[[], Any], retries: int) -> Any:
