@@ -14,6 +14,7 @@ import os
 import queue
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 import weakref
@@ -448,11 +449,15 @@ def flush_traces(timeout: float) -> None:
     """
     global _given_up
     _ending.set()
-    exports = _trace_queue()
-    if exports is None:
-        return
+    deadline = time.monotonic() + timeout
+    try:
+        provider = sys.modules["mlflow.tracing.provider"]
+        provider.provider.get().force_flush(int(timeout * 1000))  # spans that are collected for a batch
+        exports = provider._get_trace_exporter()._async_queue._queue
+    except (KeyError, AttributeError):
+        return  # no trace was made, or traces are exported in another way
     with exports.all_tasks_done:
-        if exports.all_tasks_done.wait_for(lambda: not exports.unfinished_tasks, timeout):
+        if exports.all_tasks_done.wait_for(lambda: not exports.unfinished_tasks, deadline - time.monotonic()):
             return
     _given_up = True
     with suppress(queue.Empty):
@@ -460,15 +465,6 @@ def flush_traces(timeout: float) -> None:
             exports.get_nowait()
             exports.task_done()
     logger.warning("MLflow did not take all traces before the end of the process; the rest of them is lost.")
-
-
-def _trace_queue() -> queue.Queue[Any] | None:
-    try:
-        exporter = sys.modules["mlflow.tracing.provider"]._get_trace_exporter()
-        exports = exporter._async_queue._queue
-    except (KeyError, AttributeError):
-        return None  # no trace was made, or traces are exported in another way
-    return exports if isinstance(exports, queue.Queue) else None
 
 
 def run_url(uri: str, experiment_id: str, run_id: str, ui: str) -> str:

@@ -464,7 +464,7 @@ def test_exceptions_reach_the_caller_unchanged_and_fail_the_run(any_store):
     assert run.data.tags["error.message"] == "no such skill"
     trace = any_store.text(run, "error.txt")
     assert "raise raised" in trace
-    assert "skilltrace/tracked.py" not in trace
+    assert "skilltrace/functions.py" not in trace
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])

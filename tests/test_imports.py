@@ -12,7 +12,7 @@ PACKAGE = Path(skilltrace.__file__).parent
 MODULES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")}
 
 # Along the data: what a module may import stands to its right. Each of these knows nothing of those before it.
-LINE = ("tracked", "run", "journal", "delivery", "mlflow_bridge")
+LINE = ("tracked", "call", "run", "journal", "delivery", "deliverer", "mlflow_bridge")
 
 NAMES = [
     "ArtifactError",
