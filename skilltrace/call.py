@@ -69,7 +69,7 @@ class Call:
         spec, parent = site.spec, current_run()
         settings = parent.settings if parent is not None else config.current()
         redactor = settings.redactor
-        autolog.ensure(settings)
+        autolog.ensure(config.current())  # not those of an open job: MLflow can be pointed at one place only
         arguments, first = site.binder.bind(owner, args, kwargs)
 
         tags = inherited_tags(parent)

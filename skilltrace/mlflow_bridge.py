@@ -10,6 +10,7 @@ import errno
 import functools
 import http.client
 import importlib
+import math
 import os
 import queue
 import sys
@@ -45,7 +46,6 @@ _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 # MLflow's own defaults (7 retries, 120 s) block for minutes, and repeat a POST whose answer was lost: one create_run
 # then makes several runs. Delivery retries itself, and knows how to look first.
 _TIMEOUT = (5.0, 30.0)  # seconds to connect, to read
-_TIMEOUT_OF_TRACES = (5.0, 10.0)  # MLflow exports them in threads that the end of the process waits for
 
 
 class Unavailable(Exception):
@@ -278,25 +278,12 @@ def _bound_requests() -> None:
         if _request_is_ours.get():
             max_retries = 0
             kwargs["timeout"] = _TIMEOUT
-        elif _traces_are_ours and threading.current_thread().name.lower().startswith("mlflowtracelogging"):
+        elif _traces_are_ours and _is_export():
             kwargs["timeout"] = _TIMEOUT_OF_TRACES
             return _export(functools.partial(original, method, url, 0, *args, **kwargs), max_retries)
         return original(method, url, max_retries, *args, **kwargs)
 
     rest_utils.__dict__["_get_http_response_with_retries"] = bounded
-
-
-def _export(request: Callable[[], Any], retries: int) -> Any:
-    """Send a part of a trace, as patiently as MLflow does, but not beyond the end of the process."""
-    for attempt in range(retries + 1):
-        if _given_up:
-            raise TimeoutError("the process ends")
-        try:
-            return request()
-        except Exception:
-            if attempt == retries or _ending.wait(min(60.0, 2.0**attempt)):
-                raise
-    return None
 
 
 # --- forks: a child gets MLflow's modules, locks and connections as they are at that moment -------------------------
@@ -353,10 +340,6 @@ def context_tags() -> dict[str, str]:
 
 # --- autologging and traces ------------------------------------------------------------------------------------------
 
-_traces_are_ours = False  # whether autologging was turned on here
-_ending = threading.Event()  # the process ends: what fails now is not tried again
-_given_up = False  # nothing more is sent
-
 
 def answers(uri: str, timeout: float) -> bool:
     """Whether something answers at a tracking URI: a file always does, a server within `timeout` seconds or not."""
@@ -392,11 +375,13 @@ def autolog(
     with _importing:
         import mlflow
 
-    with _errors_sorted(), _bounded():
+    _export_in_background()
+    with _errors_sorted():
         with _environment_kept("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID"):
             if mlflow.get_tracking_uri() != store.uri:
                 mlflow.set_tracking_uri(store.uri)
-            mlflow.set_experiment(experiment_id=experiment_id)
+            with _bounded():
+                mlflow.set_experiment(experiment_id=experiment_id)
         arguments: dict[str, Any] = {"log_compiles": True, "log_evals": True, "silent": True, **(options or {})}
         allowed(functools.partial(importlib.import_module("mlflow.dspy").autolog, **arguments))
         _traces_are_ours = True
@@ -442,28 +427,75 @@ def _loaded(name: str) -> Any:
     return getattr(sys.modules.get("mlflow"), name, None)
 
 
+# MLflow exports traces in threads of its own. Left to itself it holds up the process for minutes where the server is
+# gone: at its end, before 3.9 even in the user's calls.
+
+_TIMEOUT_OF_TRACES = (5.0, 10.0)  # seconds to connect, to read
+_EXPORTERS = ("mlflowtracelogging", "otelbatchspan")  # how the names of those threads begin
+_exporting: contextvars.ContextVar[bool] = contextvars.ContextVar("skilltrace_exporting", default=False)
+_traces_are_ours = False  # whether autologging was turned on here
+_ending = threading.Event()  # the process ends: what fails now is not tried again
+_last_moment = math.inf  # by time.monotonic; nothing is sent after it
+
+
+@functools.cache
+def _export_in_background() -> None:
+    """Have every version export in the background, as the later ones do, unless the user has decided otherwise."""
+    from mlflow.environment_variables import MLFLOW_ENABLE_ASYNC_TRACE_LOGGING
+    from mlflow.tracing.export.mlflow_v3 import MlflowV3SpanExporter
+
+    decide = getattr(MlflowV3SpanExporter, "_should_enable_async_logging", None)
+    if decide is not None:
+        MlflowV3SpanExporter._should_enable_async_logging = lambda exporter: (
+            decide(exporter) or not MLFLOW_ENABLE_ASYNC_TRACE_LOGGING.is_set()
+        )
+
+
+def _is_export() -> bool:
+    return _exporting.get() or threading.current_thread().name.lower().startswith(_EXPORTERS)
+
+
+def _export(request: Callable[[], Any], retries: int) -> Any:
+    """Send a part of a trace, as patiently as MLflow does, but not beyond the end of the process."""
+    for attempt in range(retries + 1):
+        if time.monotonic() > _last_moment:
+            break
+        try:
+            return request()
+        except Exception:
+            if attempt == retries or _ending.wait(min(60.0, 2.0**attempt)):
+                raise
+    raise TimeoutError("the process ends")
+
+
 def flush_traces(timeout: float) -> None:
     """At the end of the process: wait until the traces made so far are exported, for `timeout` seconds at most.
 
-    What is left then is given up: MLflow's own hook would wait minutes for a server that is down.
+    What is left then is given up.
     """
-    global _given_up
+    global _last_moment
+    _last_moment = time.monotonic() + timeout
     _ending.set()
-    deadline = time.monotonic() + timeout
+    token = _exporting.set(True)
     try:
         provider = sys.modules["mlflow.tracing.provider"]
-        provider.provider.get().force_flush(int(timeout * 1000))  # spans that are collected for a batch
-        exports = provider._get_trace_exporter()._async_queue._queue
+        exporter = provider._get_trace_exporter()
+        exports = exporter._async_queue
+        if not exports.is_active():
+            exporter._is_async_enabled = False  # it has no threads yet, and from Python 3.12 on it is too late for them
+        provider.provider.get().force_flush(int(timeout * 1000))  # the spans that wait for a batch
     except (KeyError, AttributeError):
         return  # no trace was made, or traces are exported in another way
-    with exports.all_tasks_done:
-        if exports.all_tasks_done.wait_for(lambda: not exports.unfinished_tasks, deadline - time.monotonic()):
+    finally:
+        _exporting.reset(token)
+    left = exports._queue
+    with left.all_tasks_done:
+        if left.all_tasks_done.wait_for(lambda: not left.unfinished_tasks, _last_moment - time.monotonic()):
             return
-    _given_up = True
     with suppress(queue.Empty):
         while True:
-            exports.get_nowait()
-            exports.task_done()
+            left.get_nowait()
+            left.task_done()
     logger.warning("MLflow did not take all traces before the end of the process; the rest of them is lost.")
 
 

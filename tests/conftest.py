@@ -166,7 +166,10 @@ class MlflowServer:
             "--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--artifacts-destination", str(folder / "files"),
         ]  # fmt: skip
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, cwd=folder, start_new_session=True,
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # no job queue beside it
+            )  # fmt: skip
 
     def wait(self, seconds=120):
         """Wait until it answers: there is no event to wait for in another process but its answer."""
