@@ -18,7 +18,8 @@ from skilltrace.mlflow_bridge import Refused, Store, Unavailable
 from skilltrace.records import Target
 
 _PROBE = 1.0  # seconds within which a server must have answered to be waited for
-_PATIENCE = 60.0  # seconds to wait for a store that answers: MLflow is imported, a new database gets its schema
+_PATIENCE = 15.0  # seconds to wait for a server that has answered: MLflow is imported, and asked for the experiment
+_PATIENCE_LOCAL = 60.0  # seconds to wait for a database file: a new one gets its schema
 
 options: Mapping[str, bool] = {}
 """Arguments of `mlflow.dspy.autolog`, other than its defaults here; they hold until it is turned off."""
@@ -52,7 +53,8 @@ class _Attempt:
             return
         waited = time.monotonic() - self._began
         if self._probed.wait(max(0.0, _PROBE - waited)) and self._answers:
-            self._thread.join(max(0.0, _PATIENCE - waited))
+            patience = _PATIENCE if self.settings.tracking_uri.startswith("http") else _PATIENCE_LOCAL
+            self._thread.join(max(0.0, patience - waited))
         self._waited = True
 
     def _run(self) -> None:
@@ -69,6 +71,7 @@ class _Attempt:
         try:
             with _turning:
                 if _done == self.goal:
+                    _done = self.goal
                     return
                 _turn_off()  # traces for this store must not go to the one before
             mlflow_bridge.know(settings.tracking_uri)
@@ -111,7 +114,7 @@ def ensure(settings: Settings) -> bool:
         except RuntimeError:
             return False  # no thread can be started while the interpreter ends
     attempt.wait()
-    return _done == attempt.goal
+    return _done is attempt.goal
 
 
 def disable() -> None:
@@ -145,7 +148,7 @@ def _configured(settings: Settings) -> None:
 
 def _mlflow_answered() -> None:
     attempt = _attempt
-    if attempt is not None and _done != attempt.goal:
+    if attempt is not None and _done is not attempt.goal:
         attempt.turn_on()
 
 

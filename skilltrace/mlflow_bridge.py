@@ -451,6 +451,19 @@ def _export_in_background() -> None:
         )
 
 
+def _renew_exports() -> None:
+    """In a forked child: the threads that export traces are the parent's, and so is what waits for them."""
+    try:
+        exporter = sys.modules["mlflow.tracing.provider"]._get_trace_exporter()
+        parents, exporter._async_queue = exporter._async_queue, type(exporter._async_queue)()
+        parents._is_active = False  # else the end of this process waits for what only the parent can do
+    except (KeyError, AttributeError):
+        return
+
+
+os.register_at_fork(after_in_child=_renew_exports)
+
+
 def _is_export() -> bool:
     return _exporting.get() or threading.current_thread().name.lower().startswith(_EXPORTERS)
 

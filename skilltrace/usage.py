@@ -93,14 +93,14 @@ class Call(NamedTuple):
     cost: float | None = None
 
 
-def read_entry(entry: Any, *, model: str | None = None, duration: float = 0.0) -> Call:
-    """The figures of one entry of DSPy's history.
+def read_entry(entry: Any, *, duration: float = 0.0) -> Call:
+    """The figures of one entry of DSPy's history, for a call that took `duration` seconds.
 
     Known shapes (DSPy 3.1.2 to 3.4.1): usage under `prompt_tokens`/`completion_tokens`, or `input_tokens`/
     `output_tokens` (`model_type="responses"` before 3.4), or not a mapping at all (`DummyLM` of 3.1.2 gives 0); the
     details are objects before 3.4 and mappings since. An answer from the cache still carries the original's cost.
     """
-    name = model or str(_get(entry, "model") or "unknown")
+    name = str(_get(entry, "model") or "unknown")
     usage = _get(entry, "usage")
     tokens_input = _count(usage, "prompt_tokens", "input_tokens")
     tokens_output = _count(usage, "completion_tokens", "output_tokens")
@@ -147,11 +147,7 @@ def _count(source: Any, *names: str) -> int:
 
 
 class Meter:
-    """Adds up the calls of one run; from any thread, at any time, and it never raises.
-
-    It stands in DSPy's `caller_modules` for the time of the run, where DSPy appends each entry of its history to the
-    `history` of every member: so it looks like a module whose history is always empty.
-    """
+    """Adds up the calls of one run; from any thread, at any time."""
 
     def __init__(self) -> None:
         self.usage = LMUsage()

@@ -141,6 +141,34 @@ asyncio.run(main())
     assert questions(store, store.run()) == ["short"]
 
 
+def test_a_forked_process_has_its_traces(store, python):
+    """A worker forked after the parent has traced: its traces arrive, and its end is not held up."""
+    python(
+        """
+import multiprocessing, time
+import dspy, skilltrace
+from dspy.utils import DummyLM
+
+skilltrace.configure()
+
+def work(question):
+    with skilltrace.tracked_phase(question), dspy.context(lm=DummyLM([{"answer": "red"}])):
+        dspy.Predict("question -> answer")(question=question)
+
+if __name__ == "__main__":
+    work("parent")
+    assert skilltrace.flush(60)
+    child = multiprocessing.get_context("fork").Process(target=work, args=("child",))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+""",
+        env={"MLFLOW_TRACKING_URI": store.uri, "MLFLOW_EXPERIMENT_NAME": store.experiment},
+    )
+    for name in ("parent", "child"):
+        assert questions(store, store.run(name)) == [name]
+
+
 def test_first_runs_that_start_at_once_all_have_their_traces(store, lm, monkeypatch):
     """Several threads whose runs are the first of the process: none goes on before autologging is on."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
