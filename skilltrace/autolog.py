@@ -10,8 +10,10 @@ import os
 import threading
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from skilltrace import config, delivery, dspy_bridge, mlflow_bridge, spool
+from skilltrace.artifact import JsonTree
 from skilltrace.config import Settings
 from skilltrace.faults import report, warn_once
 from skilltrace.mlflow_bridge import Refused, Store, Unavailable
@@ -45,6 +47,9 @@ class _Attempt:
         self._answers = False
         self._probed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="skilltrace-autolog", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def wait(self) -> None:
@@ -79,7 +84,9 @@ class _Attempt:
             store.experiment_id(target)
             with _turning:
                 if _attempt is self and _done != self.goal:
-                    mlflow_bridge.autolog(store, target, allowed=dspy_bridge.without_owning, options=arguments)
+                    mlflow_bridge.autolog(
+                        store, target, run=dspy_bridge.turn_autologging_on, redact=_redact, options=arguments
+                    )
                     _done = self.goal
                 if _attempt is not self:
                     _turn_off()  # it was called off meanwhile
@@ -91,6 +98,12 @@ class _Attempt:
             )
         except Exception:
             report("turn on mlflow.dspy.autolog")
+
+
+def _redact(values: dict[str, Any]) -> dict[str, Any]:
+    settings = config.current()
+    redacted: dict[str, Any] = JsonTree(settings.redactor, settings.max_artifact_bytes).of(values)
+    return redacted
 
 
 def ensure(settings: Settings) -> bool:
@@ -111,6 +124,7 @@ def ensure(settings: Settings) -> bool:
                 attempt = _attempt
                 if attempt is None or attempt.settings is not settings:
                     attempt = _attempt = _Attempt(settings)
+                    attempt.start()
         except RuntimeError:
             return False  # no thread can be started while the interpreter ends
     attempt.wait()
@@ -136,7 +150,7 @@ def _turn_off() -> None:
     global _done
     if _done is not None:
         _done = None
-        mlflow_bridge.disable_autolog(dspy_bridge.without_owning)
+        mlflow_bridge.disable_autolog(dspy_bridge.turn_autologging_off)
 
 
 def _configured(settings: Settings) -> None:
@@ -153,8 +167,8 @@ def _mlflow_answered() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _lock, _turning
-    _lock, _turning = threading.Lock(), threading.Lock()
+    global _attempt, _lock, _turning
+    _attempt, _lock, _turning = None, threading.Lock(), threading.Lock()  # the thread of the attempt is the parent's
 
 
 config.on_change(_configured)

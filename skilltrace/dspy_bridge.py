@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import logging
 import sys
 import threading
 import time
@@ -317,6 +318,37 @@ def without_owning(function: Callable[[], T]) -> T:
 
 
 _exempt: contextvars.ContextVar[bool] = contextvars.ContextVar("skilltrace_exempt", default=False)
+
+
+def turn_autologging_on(function: Callable[[], Any]) -> None:
+    """Run `mlflow.dspy.autolog`, without its side effects on the user: see `without_owning`, and `_NoUsageWarnings`."""
+    tracked = _settings.main_thread_config["track_usage"]
+    without_owning(function)
+    if not tracked:
+        _no_usage_warnings.active = True
+
+
+def turn_autologging_off(function: Callable[[], Any]) -> None:
+    """Undo `turn_autologging_on`; `function` turns off the rest."""
+    without_owning(function)
+    if _no_usage_warnings.active:
+        _no_usage_warnings.active = False
+        _settings.main_thread_config["track_usage"] = False
+
+
+class _NoUsageWarnings(logging.Filter):
+    """MLflow has DSPy track usage, which then warns at each call of a module that does not return a Prediction. Who has
+    not asked for that tracking need not hear of it.
+    """
+
+    active = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (self.active and record.getMessage().startswith("Failed to set LM usage"))
+
+
+_no_usage_warnings = _NoUsageWarnings()
+logging.getLogger("dspy.primitives.module").addFilter(_no_usage_warnings)
 
 
 # --- modules ---------------------------------------------------------------------------------------------------------

@@ -358,7 +358,8 @@ def autolog(
     store: Store,
     target: Target,
     *,
-    allowed: Callable[[Callable[[], Any]], Any],
+    run: Callable[[Callable[[], Any]], Any],
+    redact: Callable[[dict[str, Any]], dict[str, Any]],
     options: Mapping[str, bool] | None = None,
 ) -> None:
     """Turn on `mlflow.dspy.autolog`, with traces, compiles and evaluations going where the runs go.
@@ -367,7 +368,8 @@ def autolog(
         store: An open store: MLflow asks it for the experiment on the caller's thread, so one that is down must not be
             set here.
         target: The experiment.
-        allowed: Runs a function that may call `dspy.configure` without becoming its owner.
+        run: Runs a function that configures DSPy, so that this does not become its owner.
+        redact: Takes the secrets out of the attributes of a trace's span.
         options: Arguments of `mlflow.dspy.autolog`.
     """
     global _traces_are_ours
@@ -382,8 +384,9 @@ def autolog(
                 mlflow.set_tracking_uri(store.uri)
             with _bounded():
                 mlflow.set_experiment(experiment_id=experiment_id)
+        _redact_spans(redact)
         arguments: dict[str, Any] = {"log_compiles": True, "log_evals": True, "silent": True, **(options or {})}
-        allowed(functools.partial(importlib.import_module("mlflow.dspy").autolog, **arguments))
+        run(functools.partial(importlib.import_module("mlflow.dspy").autolog, **arguments))
         _traces_are_ours = True
 
 
@@ -403,9 +406,9 @@ def _environment_kept(*names: str) -> Iterator[None]:
                 os.environ.pop(name, None)
 
 
-def disable_autolog(allowed: Callable[[Callable[[], Any]], Any]) -> None:
-    """Turn `mlflow.dspy.autolog` off again."""
-    allowed(functools.partial(importlib.import_module("mlflow.dspy").autolog, disable=True, silent=True))
+def disable_autolog(run: Callable[[Callable[[], Any]], Any]) -> None:
+    """Turn `mlflow.dspy.autolog` off again; `run` as above."""
+    run(functools.partial(importlib.import_module("mlflow.dspy").autolog, disable=True, silent=True))
 
 
 def fluent_run_id() -> str | None:
@@ -446,9 +449,28 @@ def _export_in_background() -> None:
 
     decide = getattr(MlflowV3SpanExporter, "_should_enable_async_logging", None)
     if decide is not None:
-        MlflowV3SpanExporter._should_enable_async_logging = lambda exporter: (
-            decide(exporter) or not MLFLOW_ENABLE_ASYNC_TRACE_LOGGING.is_set()
+        MlflowV3SpanExporter._should_enable_async_logging = lambda self: (
+            decide(self) or not MLFLOW_ENABLE_ASYNC_TRACE_LOGGING.is_set()
         )
+
+
+def _redact_spans(redact: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Take secrets out of each span before it is exported, after what the user's own span processors do."""
+    from mlflow import tracing
+    from mlflow.tracing.config import get_config
+
+    def without_secrets(span: Any) -> None:
+        attributes = span.attributes
+        for key, value in redact(attributes).items():
+            if value != attributes.get(key):
+                span.set_attribute(key, value)
+        with suppress(AttributeError):
+            for event in span._span._events:  # exceptions, with their messages
+                event._attributes = redact(dict(event.attributes))
+
+    without_secrets.skilltrace = True  # type: ignore[attr-defined]  # what says that it is ours
+    others = [processor for processor in get_config().span_processors if not hasattr(processor, "skilltrace")]
+    tracing.configure(span_processors=[*others, without_secrets])
 
 
 def _renew_exports() -> None:

@@ -260,7 +260,8 @@ def python(tmp_path):
     def run(code, *, env=None, timeout=120, check=True):
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout, cwd=tmp_path,
-            env={**os.environ, **(env or {})}, check=False,
+            # A loaded machine takes its time to import MLflow at the end of a short process.
+            env={**os.environ, "SKILLTRACE_FLUSH_TIMEOUT": "60", **(env or {})}, check=False,
         )  # fmt: skip
         if check:
             assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import socket
 import sys
@@ -37,9 +38,18 @@ def questions(store, run):
 
 
 @pytest.fixture(autouse=True)
-def off_afterwards():
+def mlflow_as_before():
+    """What MLflow is told in a test, and leaves in the environment, is forgotten after it."""
+    names = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")
+    before = {name: os.environ.get(name) for name in names}
     yield
     autolog.disable()
+    mlflow = sys.modules.get("mlflow")
+    if mlflow is not None:
+        mlflow.set_tracking_uri(None)
+        mlflow.tracking.fluent._active_experiment_id = None
+    for name, value in before.items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 # --- traces ----------------------------------------------------------------------------------------------------------
@@ -189,6 +199,53 @@ def test_first_runs_that_start_at_once_all_have_their_traces(store, lm, monkeypa
     assert [questions(store, store.run(f"phase {n}")) for n in range(4)] == [["0"], ["1"], ["2"], ["3"]]
 
 
+@tracked_phase("secretive")
+class Secretive(dspy.Module):
+    """A module that is given a secret, passes a key on in a text, and fails with one."""
+
+    def __init__(self):
+        super().__init__()
+        self.predict = dspy.Predict(QA)
+
+    def forward(self, question, password, login):
+        made = self.predict(question=question)
+        raise LookupError(f"{question} {made.answer}")
+
+
+def test_no_secret_is_in_a_trace(autologging, lm):
+    """Arguments with secret names, and keys of known shapes in texts, answers and errors, are masked in traces too."""
+    key = "sk-live-0123456789abcdefghijkl"
+    with pytest.raises(LookupError):
+        Secretive()(question=f"What is {key}?", password="hunter2-hunter2", login={"api_token": "letmein-letmein"})
+    run = autologging.run()
+    assert len(questions(autologging, run)) == 1
+    (trace,) = autologging.client.search_traces(locations=[autologging.experiment_id], run_id=run.info.run_id)
+    recorded = trace.to_json() + repr(trace.info)
+    assert len(trace.data.spans) > 3
+    assert "What is [redacted]?" in recorded
+    for secret in (key, "hunter2-hunter2", "letmein-letmein"):
+        assert secret not in recorded
+
+
+def test_span_processors_of_the_users_are_kept(autologging, lm):
+    """What the user has told MLflow to do with spans is still done."""
+    import mlflow
+
+    seen = []
+
+    def mine(span):
+        seen.append(span.name)
+
+    mlflow.tracing.configure(span_processors=[mine])
+    try:
+        autologging.configure(autolog=False)
+        autologging.configure(autolog=True)
+        dspy.Predict(QA)(question="hello")
+    finally:
+        mlflow.tracing.configure(span_processors=[])
+    assert "Predict.forward" in seen
+
+
 # --- on and off ------------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +305,40 @@ def test_configured_off_it_goes_off(autologging):
     assert "MlflowCallback" not in kinds(global_config()["callbacks"])
     autologging.configure(autolog=True)
     assert kinds(global_config()["callbacks"]).count("MlflowCallback") == 1
+
+
+def test_a_module_without_a_prediction_is_not_warned_of(autologging):
+    """MLflow turns on DSPy's usage tracking, which warns at each call of such a module; the user did not ask for it."""
+
+    class Text(dspy.Module):
+        def forward(self):
+            return "text"
+
+    heard = []
+    handler = logging.Handler()
+    handler.emit = heard.append
+    logger = logging.getLogger("dspy.primitives.module")
+    logger.addHandler(handler)
+    try:
+        tracked_phase("text")(Text())()
+    finally:
+        logger.removeHandler(handler)
+    assert heard == []
+
+
+def test_switched_off_dspys_usage_tracking_is_as_before(store):
+    """MLflow leaves it on; it goes off with autologging, unless it was on before."""
+    store.configure(autolog=True)
+    assert global_config()["track_usage"] is True
+    store.configure(autolog=False)
+    assert global_config()["track_usage"] is False
+    global_config()["track_usage"] = True
+    try:
+        store.configure(autolog=True)
+        store.configure(autolog=False)
+        assert global_config()["track_usage"] is True
+    finally:
+        global_config()["track_usage"] = False
 
 
 def test_traces_of_one_store_do_not_go_to_another(autologging, lm):
@@ -530,9 +621,10 @@ print(time.time())
 
 def test_a_module_of_mlflow_that_is_half_imported_is_not_asked(monkeypatch):
     """The background thread imports MLflow while the user's calls go on."""
-    monkeypatch.setitem(sys.modules, "mlflow", types.ModuleType("mlflow"))
-    assert mlflow_bridge.active_trace_id() is None
-    assert mlflow_bridge.fluent_run_id() is None
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "mlflow", types.ModuleType("mlflow"))
+        assert mlflow_bridge.active_trace_id() is None
+        assert mlflow_bridge.fluent_run_id() is None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The command line, as a user runs it."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 import skilltrace
-from skilltrace import spool, tracked_phase
+from skilltrace import autolog, spool, tracked_phase
 from skilltrace.cli import main
 
 
@@ -23,7 +24,8 @@ def run():
         assert done.exit_code == code, done.output
         return done.output if code == 2 else done.stdout
 
-    return invoke
+    yield invoke
+    logging.disable(logging.NOTSET)  # the command quietens the process
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +93,20 @@ def test_the_demos_runs_carry_what_the_design_names(demo):
     }  # fmt: skip
     for phase in ("understanding", "generation", "validation"):
         assert client.search_traces(locations=[experiment.experiment_id], run_id=runs[phase].info.run_id), phase
+
+
+def test_the_demo_of_another_topic(run, store, monkeypatch):
+    """`--topic` is what the skill is about; the store is the one that the environment names."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
+    try:
+        output = run("demo", "--topic", "Pandas groupby")
+    finally:
+        autolog.disable()
+    assert "└── validation" in output
+    assert store.uri in output
+    experiment = store.client.get_experiment_by_name("skill-creation")
+    job = store.client.search_runs([experiment.experiment_id], "tags.`skilltrace.kind` = 'job'", max_results=1)[0]
+    assert "Pandas groupby" in store.text(job, "skill_content.md")
 
 
 def test_sync_and_status_of_nothing(run, tmp_path):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import socket
 import sys
 
@@ -35,6 +36,21 @@ def mlflow_callbacks():
     return [callback for callback in callbacks if type(callback).__name__ == "MlflowCallback"]
 
 
+@pytest.fixture(autouse=True)
+def mlflow_as_before():
+    """What MLflow is told in a test, and leaves in the environment, is forgotten after it."""
+    names = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_ID")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    autolog.disable()
+    mlflow = sys.modules.get("mlflow")
+    if mlflow is not None:
+        mlflow.set_tracking_uri(None)
+        mlflow.tracking.fluent._active_experiment_id = None
+    for name, value in before.items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
 @pytest.fixture
 def setup(sqlite_uri):
     """Calls `setup_dspy_autologging` for a fresh experiment; gives that, and what was returned."""
@@ -44,8 +60,7 @@ def setup(sqlite_uri):
         returned = setup_dspy_autologging(tracking_uri=sqlite_uri, experiment_name=tracking.experiment, **options)
         return tracking, returned
 
-    yield call
-    autolog.disable()
+    return call
 
 
 # --- setup_dspy_autologging ------------------------------------------------------------------------------------------
