@@ -69,15 +69,15 @@ class _Attempt:
             self._probed.set()
         self.turn_on()
 
-    def turn_on(self) -> None:
-        """Turn autologging on, if MLflow answers and it is still wanted."""
+    def turn_on(self) -> bool:
+        """Turn autologging on, if MLflow answers and it is still wanted; False where it is worth another try."""
         global _done
         settings, (target, arguments) = self.settings, self.goal
         try:
             with _turning:
                 if _done == self.goal:
                     _done = self.goal
-                    return
+                    return True
                 _turn_off()  # traces for this store must not go to the one before
             mlflow_bridge.know(settings.tracking_uri)
             store = Store(target.uri, spool.opening(settings.tracking_uri, settings.spool_dir))
@@ -96,8 +96,10 @@ class _Attempt:
                 "mlflow.dspy.autolog is off until MLflow answers, so traces are not made: %s",
                 error,
             )
+            return isinstance(error, Refused)
         except Exception:
             report("turn on mlflow.dspy.autolog")
+        return True
 
 
 def _redact(values: dict[str, Any]) -> dict[str, Any]:
@@ -160,10 +162,9 @@ def _configured(settings: Settings) -> None:
         disable()
 
 
-def _mlflow_answered() -> None:
+def _mlflow_answered() -> bool:
     attempt = _attempt
-    if attempt is not None and _done is not attempt.goal:
-        attempt.turn_on()
+    return attempt is None or _done is attempt.goal or attempt.turn_on()
 
 
 def _after_fork_in_child() -> None:

@@ -119,6 +119,7 @@ class Deliverer:
     def __init__(self, folder: Path, lock: int, stores: dict[str, Store], *, doubtful: bool = False) -> None:
         self.folder = folder
         self.offset = 0
+        self.asked = False  # whether MLflow has taken anything from here
         self._lock = lock
         self._stores = stores
         self._runs: dict[str, _Run] = {}
@@ -288,6 +289,7 @@ class Deliverer:
         if run.end is not None:
             end = run.end
             self._or_reject(key, "end", lambda: store.terminate(run_id, end.status, end.ns // 1_000_000))
+        self.asked = True
 
     def _store(self, uri: str) -> Store:
         store = self._stores.get(uri)

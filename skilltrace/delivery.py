@@ -26,8 +26,9 @@ _LINGER = 0.05  # seconds that a live journal is left alone after its first new 
 _LONGEST_PAUSE = 30.0  # seconds between attempts while MLflow is down
 _PARENT_PAUSE = 0.2  # seconds between looks for a parent that another process delivers
 
-on_available: list[Callable[[], None]] = []
-"""Called in the delivery thread when MLflow has answered for the first time, or again after an outage."""
+on_available: list[Callable[[], bool]] = []
+"""Called in the delivery thread when MLflow has answered for the first time, or again after an outage. One that returns
+False could not use the occasion, and is called again after the next delivery."""
 
 
 class Worker:
@@ -46,7 +47,7 @@ class Worker:
         self._urgent = 0  # how many callers wait for the journal to be delivered
         self._stopping = False
         self._failures = 0
-        self._answered = False
+        self._announced = False
         lock = spool.lock_delivery(folder)
         # No lock: `skilltrace sync` has it, and delivers all that is there.
         self._deliverer = Deliverer(folder, lock, self._stores) if lock is not None else None
@@ -125,7 +126,10 @@ class Worker:
                     if self._stopping:
                         break  # what is undone stays on disk, for the next process or `skilltrace sync`
                     continue
-                self._succeeded(busy)
+                if busy and deliverer.asked:  # not where there was nothing yet to ask MLflow for
+                    self._answers()
+                with self._changed:
+                    self._changed.notify_all()
                 if busy:
                     continue
                 if leftovers:
@@ -144,15 +148,13 @@ class Worker:
                 self._changed.notify_all()
             deliverer.close()
 
-    def _succeeded(self, busy: bool) -> None:
-        if busy and (self._failures or not self._answered):
-            if self._failures:
-                logger.warning("MLflow answers again; what was kept is being delivered.")
-            self._failures, self.last_error, self._answered = 0, None, True
-            for listener in on_available:
-                listener()
-        with self._changed:
-            self._changed.notify_all()
+    def _answers(self) -> None:
+        if self._failures:
+            logger.warning("MLflow answers again; what was kept is being delivered.")
+            self._failures, self.last_error, self._announced = 0, None, False
+        if not self._announced:
+            content = [listener() for listener in on_available]
+            self._announced = all(content)
 
     def _failed(self, error: Exception) -> None:
         if not self._failures:

@@ -572,21 +572,26 @@ def test_a_server_that_never_answers_is_waited_for_a_second_and_once(lm):
 
 def test_it_comes_on_when_the_server_answers(lm, tmp_path):
     """A server that starts later than the program: from then on there are traces."""
-    answered = threading.Event()
-    delivery.on_available.append(answered.set)
+    comes_on = threading.Event()
+
+    def listener():
+        if autolog.ensure(skilltrace.config.current()):
+            comes_on.set()
+        return comes_on.is_set()
+
+    delivery.on_available.append(listener)
     server = MlflowServer(tmp_path)
     try:
         skilltrace.configure(experiment := new_experiment(), tracking_uri=server.uri)
         module = tracked_phase("phase")(dspy.Predict(QA))
         module(question="too early")
         server.wait()
-        assert answered.wait(60)
-        assert autolog.ensure(skilltrace.config.current())
+        assert comes_on.wait(60)
         module(question="in time")
         store = Tracking(server.uri, experiment)
         assert [questions(store, run) for run in store.runs()] == [[], ["in time"]]
     finally:
-        delivery.on_available.remove(answered.set)
+        delivery.on_available.remove(listener)
         server.stop()
 
 

@@ -9,13 +9,14 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 import uuid
 
 import pytest
 from conftest import MlflowServer, Tracking, new_experiment
 
 import skilltrace
-from skilltrace import delivery, spool, tracked_job, tracked_phase
+from skilltrace import delivery, journal, spool, tracked_job, tracked_phase
 
 PROGRAM = """
 import os, sys, threading
@@ -267,7 +268,8 @@ def test_a_server_that_comes_up_later_gets_all(tmp_path, caplog):
             return {"n": n}
 
         assert [work(n)["n"] for n in range(3)] == [0, 1, 2]
-        assert not skilltrace.flush(1.5)
+        worker = journal.of(skilltrace.config.current()).worker
+        assert not worker.flush(time.monotonic() + 60, attempts=1)
         status = skilltrace.status()
         assert status.pending_runs == 3
         assert status.oldest is not None
@@ -283,6 +285,20 @@ def test_a_server_that_comes_up_later_gets_all(tmp_path, caplog):
         assert skilltrace.status().last_error is None
     finally:
         server.stop()
+
+
+def test_mlflow_has_not_answered_before_it_was_asked():
+    """A journal that holds no run yet is read without MLflow, which may well be down."""
+    told = []
+    delivery.on_available.append(lambda: told.append(1) or True)
+    try:
+        skilltrace.configure("x", tracking_uri="http://127.0.0.1:9", autolog=False, flush_timeout=0)
+        opened = journal.of(skilltrace.config.current())
+        opened._open()
+        assert opened.flush(30)
+    finally:
+        delivery.on_available.pop()
+    assert told == []
 
 
 def test_a_server_that_hangs_does_not_hold_a_call(tmp_path):
