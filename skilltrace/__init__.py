@@ -9,6 +9,7 @@ from skilltrace.delivery import DeliveryStatus
 from skilltrace.errors import ArtifactError, ConfigurationError, DeliveryError, JournalError, SkilltraceError
 from skilltrace.journal import flush, shutdown, status
 from skilltrace.monitoring import MLflowContext, get_current_run_id, setup_dspy_autologging
+from skilltrace.propagation import propagate
 from skilltrace.run import (
     Run,
     current_run,
@@ -50,6 +51,7 @@ __all__ = [
     "log_params",
     "log_text",
     "log_turn",
+    "propagate",
     "set_tag",
     "set_tags",
     "setup_dspy_autologging",

@@ -15,8 +15,9 @@ import json
 import os
 import tempfile
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -89,6 +90,14 @@ class _Run:
             self.new_turns = True
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A run that is wanted in MLflow before its turn: its first record, and whether the run has ended meanwhile."""
+
+    start: RunStarted
+    ended: bool
+
+
 class _Open(msgspec.Struct):
     """An open run in the cursor: what a later deliverer must know of it that lies before the cursor's offset."""
 
@@ -130,11 +139,15 @@ class Deliverer:
         self._done_blobs: list[str] = []
         self._read_offset = 0
         self._doubtful = doubtful
+        self._wanted: deque[tuple[Sequence[Wanted], Future[str | None]]] = deque()
+        self._early: dict[str, _Run] = {}  # created because they were wanted, before the journal was read so far
         self._load_cursor()
 
     def close(self) -> None:
         """Let go of the journal."""
         os.close(self._lock)
+        while self._wanted:
+            self._wanted.popleft()[1].cancel()
 
     @property
     def open_keys(self) -> list[str]:
@@ -142,9 +155,22 @@ class Deliverer:
         return [key for key, run in self._runs.items() if run.end is None]
 
     def run_id(self, key: str) -> str | None:
-        """The MLflow id of an open run, where it has been created."""
-        run = self._runs.get(key)
+        """The MLflow id of a run, where it has been created not too long ago."""
+        run = self._runs.get(key) or self._early.get(key)
         return run.run_id if run is not None else self._recent.get(key)
+
+    def want(self, runs: Sequence[Wanted]) -> Future[str | None]:
+        """Have a run created before anything else is delivered; from any thread.
+
+        Args:
+            runs: The run, the last of them, and those around it from the outermost in.
+
+        Returns:
+            Its MLflow id, in time; None where MLflow refuses it.
+        """
+        future: Future[str | None] = Future()
+        self._wanted.append((runs, future))
+        return future
 
     def step(self) -> bool:
         """Read what is new (a bounded part of it), deliver it, save the cursor.
@@ -155,6 +181,7 @@ class Deliverer:
         Raises:
             Unavailable: MLflow cannot take it now; call again later, nothing is lost.
         """
+        self._create_wanted()
         if self._read_offset == self.offset and not self._read():
             return False
         self._deliver()
@@ -248,13 +275,15 @@ class Deliverer:
             return
         run = self._runs.get(record.key)
         if run is None:
-            run = self._runs[record.key] = _Run(run_id=self._recent.get(record.key))
+            run = self._early.pop(record.key, None) or _Run(run_id=self._recent.get(record.key))
+            self._runs[record.key] = run
         run.fold(record)
 
     # --- delivering --------------------------------------------------------------------------------------------------
 
     def _deliver(self) -> None:
         for key, run in list(self._runs.items()):
+            self._create_wanted()
             try:
                 self._deliver_run(key, run)
             except Refused as refusal:
@@ -291,6 +320,33 @@ class Deliverer:
             self._or_reject(key, "end", lambda: store.terminate(run_id, end.status, end.ns // 1_000_000))
         self.asked = True
 
+    def _create_wanted(self) -> None:
+        while self._wanted:
+            runs, future = self._wanted[0]
+            try:
+                for run in runs if not future.cancelled() else ():
+                    self._create_early(run)
+            except Refused:
+                pass  # said, with the reason, when its turn comes
+            except (Unavailable, OSError):
+                raise
+            except Exception:
+                report("create a run before its turn")
+            self._wanted.popleft()
+            if future.set_running_or_notify_cancel():  # else nobody waits for it any longer
+                future.set_result(self.run_id(runs[-1].start.key))
+
+    def _create_early(self, wanted: Wanted) -> None:
+        start = wanted.start
+        if self.run_id(start.key) is not None:
+            return
+        run = self._runs.get(start.key) or self._early.get(start.key)
+        if run is None:
+            # An ended one may have been delivered long ago, and forgotten here.
+            run = self._early[start.key] = _Run(start.target, start, doubtful=wanted.ended)
+        if not run.refused:
+            run.run_id = self._find_or_create(self._store(start.target.uri), start.key, run)
+
     def _store(self, uri: str) -> Store:
         store = self._stores.get(uri)
         if store is None:
@@ -307,7 +363,7 @@ class Deliverer:
         if start is None:
             raise Refused("logged to a run that MLflow does not have")
         tags = {**self._context_tags(), **start.tags, **run.tags, KEY_TAG: key, KIND_TAG: start.kind}
-        if start.parent is not None:
+        if start.parent is not None and PARENT_TAG not in tags:
             parent = self._parent_id(store, experiment_id, start)
             if parent is not None:
                 tags[PARENT_TAG] = parent
@@ -319,8 +375,9 @@ class Deliverer:
     def _parent_id(self, store: Store, experiment_id: str, start: RunStarted) -> str | None:
         parent = start.parent
         assert parent is not None
-        if parent in self._runs:
-            return self._runs[parent].run_id
+        known = self._runs.get(parent) or self._early.get(parent)
+        if known is not None and (known.run_id is not None or known.refused):
+            return known.run_id
         if parent in self._recent:
             return self._recent[parent]
         # It stands in another process's journal (this one was forked), or before the cursor.

@@ -9,7 +9,9 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from concurrent.futures import TimeoutError as FuturesTimeout  # another class than Python's own before 3.11
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,13 +19,15 @@ from pathlib import Path
 import msgspec
 
 from skilltrace import mlflow_bridge, spool
-from skilltrace.deliverer import Cursor, Deliverer, ParentPending
+from skilltrace.deliverer import Cursor, Deliverer, ParentPending, Wanted
 from skilltrace.faults import logger, report
 from skilltrace.mlflow_bridge import Refused, Store, Unavailable
 from skilltrace.records import ProcessStarted, Record, Target, decode
+from skilltrace.usage import strays
 
 _LINGER = 0.05  # seconds that a live journal is left alone after its first new record: short runs then come whole
 _LONGEST_PAUSE = 30.0  # seconds between attempts while MLflow is down
+_PATIENCE_IN_OUTAGE = 1.0  # seconds to wait for a run that is wanted at once
 _PARENT_PAUSE = 0.2  # seconds between looks for a parent that another process delivers
 
 on_available: list[Callable[[], bool]] = []
@@ -87,10 +91,37 @@ class Worker:
             finally:
                 self._urgent -= 1
 
-    def run_id(self, key: str, deadline: float) -> str | None:
-        """Wait for the id of a run whose start stands in the journal; None where it does not come in time."""
-        self.flush(deadline)
-        return self._deliverer.run_id(key) if self._deliverer is not None else None
+    @property
+    def delivers(self) -> bool:
+        """Whether this process delivers the journal, and still does so."""
+        return self._deliverer is not None and self._thread.is_alive()
+
+    def run_id(self, runs: Sequence[Wanted], deadline: float) -> str | None:
+        """Have the last of these runs created before its turn; None where that does not come to be in time.
+
+        Args:
+            runs: As `Deliverer.want` takes them.
+            deadline: Until when, by `time.monotonic`. Where MLflow is known to be down it is not waited for so long.
+        """
+        deliverer = self._deliverer
+        assert deliverer is not None
+        known = deliverer.run_id(runs[-1].start.key)
+        if known is not None:
+            return known
+        future = deliverer.want(runs)
+        with self._changed:
+            self._urgent += 1
+            self._news.set()
+            self._changed.notify_all()
+        left = max(0.0, deadline - time.monotonic())
+        try:
+            return future.result(min(left, _PATIENCE_IN_OUTAGE) if self._failures else left)
+        except (TimeoutError, FuturesTimeout, CancelledError):
+            future.cancel()
+            return None
+        finally:
+            with self._changed:
+                self._urgent -= 1
 
     def stop(self, deadline: float) -> bool:
         """Deliver what is there, until `deadline` at most, and end the thread. True where nothing is left or open."""
@@ -217,15 +248,18 @@ def _recover(folder: Path, stores: dict[str, Store]) -> bool:
     return True
 
 
-def find(key: str, target: Target, run_id: str | None) -> tuple[str, str] | None:
-    """The ids of a run's experiment and of the run, asking MLflow for what is not known yet; None without an answer."""
-    try:
-        store = Store(target.uri)
-        experiment_id = store.experiment_id(target)
-        run_id = run_id or store.find_run(experiment_id, key)
-    except (Unavailable, Refused):
-        return None
-    return (experiment_id, run_id) if run_id is not None else None
+def find(key: str, target: Target, deadline: float) -> str | None:
+    """The MLflow id of a run that another process delivers, when that has done so; None where it does not in time."""
+    pause = threading.Event()  # never set: another process has no event to wait for
+    while True:
+        try:
+            store = Store(target.uri)
+            run_id = store.find_run(store.experiment_id(target), key)
+        except (Unavailable, Refused):
+            return None
+        if run_id is not None or time.monotonic() + _PARENT_PAUSE > deadline:
+            return run_id
+        pause.wait(_PARENT_PAUSE)
 
 
 @dataclass(frozen=True)
@@ -285,6 +319,10 @@ class DeliveryStatus:
         rejected: Lines in the rejected files: what MLflow refused for good.
         last_error: Why delivery does not get on, or None.
         lost: Records of this process that could not be written to its journal.
+        lm_calls_late: LM calls of this process that came after the end of their run; the nearest open run around that
+            has counted them, or else the outermost.
+        lm_calls_unattributed: LM calls of this process made where no run could be found, since its first run. Where
+            they belong to one, `propagate` is missing.
         spool: The folder of the journals.
         journals: How many journals stand in it.
     """
@@ -294,6 +332,8 @@ class DeliveryStatus:
     rejected: int
     last_error: str | None
     lost: int
+    lm_calls_late: int
+    lm_calls_unattributed: int
     spool: Path
     journals: int
 
@@ -317,6 +357,8 @@ def status(spool_dir: Path, *, last_error: str | None = None, lost: int = 0) -> 
         rejected=rejected,
         last_error=last_error,
         lost=lost,
+        lm_calls_late=strays.late,
+        lm_calls_unattributed=strays.unattributed,
         spool=spool_dir,
         journals=len(folders),
     )

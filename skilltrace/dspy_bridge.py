@@ -24,7 +24,7 @@ import wrapt
 
 from skilltrace import mlflow_bridge
 from skilltrace.faults import report, warn_once
-from skilltrace.usage import Call, Meter, read_entry
+from skilltrace.usage import LMCall, Meter, read_entry, strays
 
 if TYPE_CHECKING:
     from skilltrace.run import Run
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _RUN = "_skilltrace_run"  # our key in DSPy's context
+
+open_runs: set[str] = set()
+"""The keys of the runs of this process that are open."""
 
 _settings: Any = None  # dspy.dsp.utils.settings, once DSPy is imported
 _callback: Any = None
@@ -65,9 +68,27 @@ class _Collector:
             else:
                 call.recorded = True
                 figures, settings = read_entry(entry, duration=call.seconds()), call.settings
-            self.meter.add(figures, {"lm.model": figures.model, **settings})
+            innermost = _collectors()[-1] is self
+            self.add(figures, {"lm.model": figures.model, **settings}, innermost=innermost)
         except Exception:
             report("count an LM call")
+
+    def add(self, call: LMCall, settings: Mapping[str, Any], *, innermost: bool) -> None:
+        """Count a call, made inside this run and perhaps inside others that are in this one."""
+        if self.meter.add(call, settings):
+            return
+        # The run has ended. The nearest open one around it counts the call by itself; the outermost, where none is.
+        if innermost:
+            strays.add(late=1)
+            warn_once(
+                ("late", self.run.kind, self.run.name),
+                "An LM call made in the %s %r came after its end: it counts for the nearest open run around it. "
+                "skilltrace.status().lm_calls_late counts such calls. (Said once for each name.)",
+                self.run.kind,
+                self.run.name,
+            )
+        if self.run.parent is None:
+            self.run.add_late(call, settings)
 
     # DSPy copies and pickles its context in places; a copy that counted would count twice.
     def __deepcopy__(self, memo: dict[int, Any]) -> _Collector:
@@ -77,7 +98,7 @@ class _Collector:
         return (list, ())
 
 
-class _LMCall:
+class _Pending:
     """One LM call between its start and its end."""
 
     __slots__ = ("collectors", "made_of_others", "model", "recorded", "settings", "started")
@@ -103,7 +124,7 @@ def _lm_settings(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-_calls: dict[str | None, _LMCall] = {}
+_calls: dict[str | None, _Pending] = {}
 _active_call_id: Any = None
 
 
@@ -252,7 +273,9 @@ def _make_callback(base: type, lm_base: type) -> Any:
                 around = _calls.get(_active_call_id.get())
                 if around is not None:
                     around.made_of_others = True
-                _calls[call_id] = _LMCall(instance, inputs, collectors)
+                _calls[call_id] = _Pending(instance, inputs, collectors)
+            else:
+                _stray()
 
         def on_lm_end(self, call_id: str, outputs: Any | None, exception: BaseException | None = None) -> None:
             call = _calls.pop(call_id, None)
@@ -266,14 +289,26 @@ def _make_callback(base: type, lm_base: type) -> Any:
                     "DSPy's history is off (disable_history or max_history_size=0): calls, failures and durations of "
                     "LM calls are counted, tokens and cost cannot be.",
                 )
-            figures = Call(call.model, call.seconds(), failed=failed)
+            figures = LMCall(call.model, call.seconds(), failed=failed)
             for collector in call.collectors:
-                collector.meter.add(figures, {"lm.model": call.model, **call.settings})
+                innermost = collector is call.collectors[-1]
+                collector.add(figures, {"lm.model": call.model, **call.settings}, innermost=innermost)
 
         def __deepcopy__(self, memo: dict[int, Any]) -> Any:
             return self
 
     return SkilltraceCallback()
+
+
+def _stray() -> None:
+    strays.add(unattributed=1)
+    if open_runs:
+        warn_once(
+            "stray",
+            "An LM call was made outside any run while runs were open: if it belongs to one, the thread that made it "
+            "was started without the run's context. Start such threads with skilltrace.propagate(function). "
+            "skilltrace.status().lm_calls_unattributed counts such calls. (Said once.)",
+        )
 
 
 def _note_trace() -> None:

@@ -15,13 +15,19 @@ import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from skilltrace import config, delivery, mlflow_bridge, spool
 from skilltrace.config import Settings
 from skilltrace.delivery import DeliveryStatus, Worker
 from skilltrace.errors import JournalError
 from skilltrace.faults import logger, report, warn_once
-from skilltrace.records import Artifact, ProcessStarted, Record, Target, encode
+from skilltrace.records import Artifact, ProcessStarted, Record, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from skilltrace.deliverer import Wanted
 
 _LARGEST_INLINE = 256 * 1024  # bytes; a larger content is a file beside the journal, not a part of a line
 
@@ -153,11 +159,16 @@ class Journal:
             return worker.flush(time.monotonic() + timeout)
         return delivery.is_delivered(folder)
 
-    def find(self, key: str, target: Target, timeout: float) -> tuple[str, str] | None:
-        """The ids of a run's experiment and of the run in MLflow; None where MLflow has not got it in time."""
-        worker = self.worker
-        run_id = worker.run_id(key, time.monotonic() + timeout) if worker is not None else None
-        return delivery.find(key, target, run_id)
+    def run_id(self, runs: Sequence[Wanted], timeout: float) -> str | None:
+        """Have the last of these runs, which stands inside the others, in MLflow now rather than when its turn comes.
+
+        Returns:
+            Its MLflow id; None where MLflow has not got it in time.
+        """
+        worker, deadline, run = self.worker, time.monotonic() + timeout, runs[-1].start
+        if worker is not None and worker.delivers:
+            return worker.run_id(runs, deadline)
+        return delivery.find(run.key, run.target, deadline)
 
     def close(self, timeout: float) -> bool:
         """Deliver, end the thread, and remove the journal where nothing is left in it; a later record opens another."""
@@ -199,8 +210,8 @@ class Nowhere(Journal):
         """Copy nothing."""
         return Artifact(path)
 
-    def find(self, key: str, target: Target, timeout: float) -> None:
-        """Find nothing."""
+    def run_id(self, runs: Sequence[Wanted], timeout: float) -> None:
+        """There is none."""
 
 
 def _process_started() -> ProcessStarted:

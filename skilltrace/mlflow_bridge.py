@@ -200,6 +200,20 @@ class Store:
             )
 
 
+def get_run(uri: str, run_id: str) -> Any:
+    """The `mlflow.entities.Run` of an id.
+
+    Raises:
+        DeliveryError: where MLflow cannot be asked, or does not know the run.
+    """
+    try:
+        store = Store(uri)
+        with _errors_sorted(), _bounded():
+            return store._client.get_run(run_id)
+    except (Unavailable, Refused) as error:
+        raise DeliveryError(f"{uri} cannot be asked for the run {run_id}: {error}") from error
+
+
 def read_job(target: Target, job_id: str) -> Node:
     """A job and the runs inside it, as MLflow has them.
 

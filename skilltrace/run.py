@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from skilltrace import artifact, capture, config, dspy_bridge, journal, mlflow_bridge
 from skilltrace.config import UI_PORT, Settings
+from skilltrace.deliverer import Wanted
 from skilltrace.errors import ArtifactError, DeliveryError
 from skilltrace.faults import report, warn_once
 from skilltrace.journal import Journal
 from skilltrace.records import Artifact, Logged, Metric, RunEnded, RunStarted, Target, Turn
-from skilltrace.usage import LMUsage, Meter
+from skilltrace.usage import LMCall, LMUsage, Meter
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -47,6 +48,7 @@ class Run:
         kind: `"job"` or `"phase"`.
         settings: What was configured when the run, or the job around it, was opened.
         target: The store and experiment it goes to.
+        active: The `mlflow.ActiveRun` that stands for it inside, where MLflow was asked for one.
         key: 32 hex digits, the run's tag `skilltrace.key` in MLflow.
         parent: The run around this one, or None.
         result: What the call returned; in a `with` block, set it to what a decorated function would have returned.
@@ -65,11 +67,12 @@ class Run:
         "_journal",
         "_meter",
         "_params",
-        "_started_ns",
+        "_start",
         "_tags",
         "_timer",
         "_traces",
         "_turns",
+        "active",
         "collector",
         "key",
         "kind",
@@ -90,6 +93,7 @@ class Run:
         target: Target,
         tags: dict[str, str],
         params: dict[str, str],
+        mlflow_parent: str | None = None,
         journal_: Journal | None = None,
     ) -> None:
         self.kind = kind
@@ -104,24 +108,25 @@ class Run:
         self._ended = False
         self._traces: dict[str, None] = {}
         self._turns = False
+        self.active: Any = None
         self._journal = journal_ or journal.of(settings)
         self._generation = journal.generation
         self._meter = Meter()
         self.collector = dspy_bridge.collector(self, self._meter)
         self._timer = time.perf_counter()
-        self._started_ns = time.time_ns()
-        self._journal.append(
-            RunStarted(
-                self.key,
-                self._started_ns,
-                name,
-                kind,
-                target,
-                parent=parent.key if parent is not None else None,
-                tags=dict(tags),
-                params=dict(params),
-            )
+        self._start = RunStarted(
+            self.key,
+            time.time_ns(),
+            name,
+            kind,
+            target,
+            parent=parent.key if parent is not None else None,
+            tags={**tags, mlflow_bridge.PARENT_TAG: mlflow_parent} if mlflow_parent is not None else dict(tags),
+            params=dict(params),
         )
+        self._journal.append(self._start)
+        if journal_ is None:
+            dspy_bridge.open_runs.add(self.key)
 
     @classmethod
     def detached(cls, kind: str) -> Run:
@@ -164,7 +169,13 @@ class Run:
         Raises:
             DeliveryError: where MLflow has not got the run in that time.
         """
-        return self._place()[1]
+        run_id = self._journal.run_id(self._wanted(), self.settings.flush_timeout)
+        if run_id is None:
+            raise DeliveryError(
+                f"MLflow has not got the run {self.name!r} within {self.settings.flush_timeout} s; "
+                "skilltrace.status() says why"
+            )
+        return run_id
 
     @property
     def url(self) -> str:
@@ -174,17 +185,21 @@ class Run:
         Raises:
             DeliveryError: where MLflow has not got the run in that time.
         """
-        experiment_id, run_id = self._place()
-        return mlflow_bridge.run_url(self.target.uri, experiment_id, run_id, f"http://127.0.0.1:{UI_PORT}")
+        info = self.entity().info
+        return mlflow_bridge.run_url(self.target.uri, info.experiment_id, info.run_id, f"http://127.0.0.1:{UI_PORT}")
 
-    def _place(self) -> tuple[str, str]:
-        place = self._journal.find(self.key, self.target, self.settings.flush_timeout)
-        if place is None:
-            raise DeliveryError(
-                f"MLflow has not got the run {self.name!r} within {self.settings.flush_timeout} s; "
-                "skilltrace.status() says why"
-            )
-        return place
+    def entity(self) -> Any:
+        """The `mlflow.entities.Run`, as MLflow has it now. Waits and raises as `run_id` does."""
+        return mlflow_bridge.get_run(self.target.uri, self.run_id)
+
+    def _wanted(self) -> list[Wanted]:
+        """The run and those around it, the outermost first, as far as they are of this process."""
+        chain: list[Wanted] = []
+        run: Run | None = self
+        while run is not None and run._generation == self._generation:
+            chain.append(Wanted(run._start, run._ended))
+            run = run.parent
+        return chain[::-1]
 
     def __repr__(self) -> str:
         return f"<Run {self.kind} {self.name!r} {'ended' if self._ended else 'open'} key={self.key}>"
@@ -341,6 +356,7 @@ class Run:
         if self._ended or self._generation != journal.generation:
             return
         self._ended = True
+        dspy_bridge.open_runs.discard(self.key)
         duration, now = time.perf_counter() - self._timer, time.time_ns()
         usage = self._meter.close()
         figures: dict[str, float] = {}
@@ -365,9 +381,7 @@ class Run:
             report("take the artifacts of a result")
         figures.update(usage.metrics(), duration=duration)
         if usage.by_model:
-            files.append(
-                Artifact("lm_usage.json", json={name: _figures(part) for name, part in usage.by_model.items()})
-            )
+            files.append(_usage_file(usage))
         models = self._meter.settings.get("lm.model")
         if models:
             key, text = capture.clean_tag("model", ",".join(models), self.settings.redactor)
@@ -390,6 +404,14 @@ class Run:
             )
         )
 
+    def add_late(self, call: LMCall, settings: Mapping[str, Any]) -> None:
+        """Count an LM call that came after the end, where no run around this one is open to count it: correct the
+        figures that were written.
+        """
+        metrics, file = self._meter.add_late(call, settings, lambda usage: (usage.metrics(), _usage_file(usage)))
+        now = time.time_ns() // 1_000_000
+        self._log(metrics=[Metric.of(key, value, now) for key, value in metrics.items()], artifacts=[file])
+
     # DSPy deep-copies and pickles its context, where the current run stands: a copy would be a second end of the run.
     def __copy__(self) -> Run:
         return self
@@ -410,6 +432,10 @@ def _status(exception: BaseException | None) -> str:
     if exception is None:
         return "FINISHED"
     return "KILLED" if isinstance(exception, _KILLED) else "FAILED"
+
+
+def _usage_file(usage: LMUsage) -> Artifact:
+    return Artifact("lm_usage.json", json={name: _figures(part) for name, part in usage.by_model.items()})
 
 
 def _figures(usage: LMUsage) -> dict[str, float]:

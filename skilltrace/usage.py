@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -64,7 +66,7 @@ class LMUsage:
             metrics["lm_cost"] = self.cost
         return metrics
 
-    def _add(self, call: Call) -> None:
+    def _add(self, call: LMCall) -> None:
         self.calls += 1
         self.calls_cached += call.cached
         self.calls_failed += call.failed
@@ -78,7 +80,7 @@ class LMUsage:
             self.cost = (self.cost or 0.0) + call.cost
 
 
-class Call(NamedTuple):
+class LMCall(NamedTuple):
     """The figures of one LM call."""
 
     model: str
@@ -93,7 +95,7 @@ class Call(NamedTuple):
     cost: float | None = None
 
 
-def read_entry(entry: Any, *, duration: float = 0.0) -> Call:
+def read_entry(entry: Any, *, duration: float = 0.0) -> LMCall:
     """The figures of one entry of DSPy's history, for a call that took `duration` seconds.
 
     Known shapes (DSPy 3.1.2 to 3.4.1): usage under `prompt_tokens`/`completion_tokens`, or `input_tokens`/
@@ -106,9 +108,9 @@ def read_entry(entry: Any, *, duration: float = 0.0) -> Call:
     tokens_output = _count(usage, "completion_tokens", "output_tokens")
     tokens_total = _count(usage, "total_tokens") or tokens_input + tokens_output
     if _from_cache(_get(entry, "response"), tokens_total):
-        return Call(name, duration, cached=True, cost=0.0)
+        return LMCall(name, duration, cached=True, cost=0.0)
     cost = _get(entry, "cost")
-    return Call(
+    return LMCall(
         name,
         duration,
         tokens_input=tokens_input,
@@ -146,36 +148,65 @@ def _count(source: Any, *names: str) -> int:
     return 0
 
 
+class Strays:
+    """The LM calls of this process that came when no run was open for them, counted.
+
+    Attributes:
+        late: Calls that came after the end of the run that they were made in.
+        unattributed: Calls made where no run could be found.
+    """
+
+    def __init__(self) -> None:
+        self.late = 0
+        self.unattributed = 0
+        self._lock = threading.Lock()
+
+    def add(self, *, late: int = 0, unattributed: int = 0) -> None:
+        """Count some more; from any thread."""
+        with self._lock:
+            self.late += late
+            self.unattributed += unattributed
+
+
+strays = Strays()
+
+
 class Meter:
     """Adds up the calls of one run; from any thread, at any time."""
 
     def __init__(self) -> None:
         self.usage = LMUsage()
         self.settings: dict[str, list[str]] = {}  # lm.model, lm.temperature, …: the values used, in order
-        self.late = 0
         self._open = True
         self._lock = threading.Lock()
 
-    def add(self, call: Call, settings: Mapping[str, Any]) -> bool:
+    def add(self, call: LMCall, settings: Mapping[str, Any]) -> bool:
         """Count a call; False where the run has ended and its figures are written already."""
         with self._lock:
-            if not self._open:
-                self.late += 1
-                return False
-            self.usage._add(call)
-            by_model = self.usage.by_model.get(call.model)
-            if by_model is None:
-                by_model = self.usage.by_model[call.model] = LMUsage()
-            by_model._add(call)
-            for name, value in settings.items():
-                if value is not None:
-                    values = self.settings.setdefault(name, [])
-                    if (text := str(value)) not in values:
-                        values.append(text)
-            return True
+            if self._open:
+                self._add(call, settings)
+            return self._open
+
+    def add_late(self, call: LMCall, settings: Mapping[str, Any], view: Callable[[LMUsage], T]) -> T:
+        """Count a call all the same; returns what `view` makes of the figures then."""
+        with self._lock:
+            self._add(call, settings)
+            return view(self.usage)
+
+    def _add(self, call: LMCall, settings: Mapping[str, Any]) -> None:
+        self.usage._add(call)
+        by_model = self.usage.by_model.get(call.model)
+        if by_model is None:
+            by_model = self.usage.by_model[call.model] = LMUsage()
+        by_model._add(call)
+        for name, value in settings.items():
+            if value is not None:
+                values = self.settings.setdefault(name, [])
+                if (text := str(value)) not in values:
+                    values.append(text)
 
     def close(self) -> LMUsage:
-        """The final figures: what comes later is counted apart."""
+        """The final figures: from now on `add` takes no more."""
         with self._lock:
             self._open = False
             return self.usage

@@ -25,7 +25,7 @@ for _name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMEN
     os.environ.pop(_name, None)
 
 import skilltrace
-from skilltrace import autolog, config, faults, journal
+from skilltrace import autolog, config, faults, journal, usage
 from skilltrace.demo.model_server import ModelServer
 
 
@@ -37,6 +37,7 @@ def forget_process():
     journal._latest = None
     config.reset()
     faults.forget()
+    usage.strays.__init__()
 
 
 @pytest.fixture(autouse=True)

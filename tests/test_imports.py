@@ -38,6 +38,7 @@ NAMES = [
     "log_params",
     "log_text",
     "log_turn",
+    "propagate",
     "set_tag",
     "set_tags",
     "setup_dspy_autologging",

@@ -10,6 +10,7 @@ import dspy
 import pytest
 from dspy.utils import DummyLM
 
+import skilltrace
 from skilltrace import current_run, tracked_job, tracked_phase
 from skilltrace.demo.model_server import ModelServer, Reply
 
@@ -66,13 +67,15 @@ def test_an_lm_called_by_itself_is_counted(store, lm, model_server):
     assert lm_metrics(store.run()) == figures(model_server.tally)
 
 
-def test_calls_outside_any_run_are_not_counted(store, lm):
-    """What happened before and after a run is not in its figures."""
+def test_calls_outside_any_run_are_not_counted(store, lm, caplog):
+    """What happened before and after a run is not in its figures; from the first run on, such calls are counted apart."""
     lm("before")
     with tracked_phase("empty"):
         pass
     lm("after")
     assert lm_metrics(store.run())["lm_calls"] == 0
+    assert skilltrace.status().lm_calls_unattributed in (1, 2)  # an earlier test may have had the process's first run
+    assert "propagate" not in caplog.text
 
 
 def test_a_parent_includes_its_children_once(store, model_server):
@@ -652,7 +655,7 @@ def test_usage_can_be_read_after_the_run(store, lm):
     assert run.usage.metrics()["lm_tokens_total"] == run.usage.tokens_total > 0
 
 
-def test_a_call_that_outlives_its_phase_counts_for_the_job_only(store, lm, model_server):
+def test_a_call_that_outlives_its_phase_counts_for_the_job_only(store, lm, model_server, caplog):
     """A thread that still works when its phase is over raises nothing and changes no figures that are written."""
     over, answers = threading.Event(), []
 
@@ -670,23 +673,43 @@ def test_a_call_that_outlives_its_phase_counts_for_the_job_only(store, lm, model
     assert phase.usage.calls == 0
     assert lm_metrics(store.run("phase"))["lm_calls"] == 0
     assert lm_metrics(store.run("job")) == figures(model_server.tally)
+    assert skilltrace.status().lm_calls_late == 1
+    assert "An LM call made in the phase 'phase' came after its end" in caplog.text
 
 
-def test_a_call_after_all_its_runs_are_over_harms_nobody(store, lm):
-    """A thread that outlives the job too gets its answer; no run is made and none is changed."""
+@pytest.mark.parametrize("disable_history", [False, True])
+def test_a_call_after_all_its_runs_are_over_corrects_the_outermost(store, lm, model_server, disable_history):
+    """A thread that outlives the job too gets its answer, and the job's figures are written once more with its call."""
     over, answers = threading.Event(), []
 
     def work():
         over.wait(30)
         answers.append(lm("late"))
 
-    with tracked_job("job"):
+    with dspy.context(disable_history=disable_history), tracked_job("job"), tracked_phase("phase"):
         thread = threading.Thread(target=contextvars.copy_context().run, args=(work,))
         thread.start()
+    store.runs()  # the figures of the end are delivered
     over.set()
     thread.join()
     assert len(answers) == 1
+    assert lm_metrics(store.run("phase"))["lm_calls"] == 0
+    job = store.run("job")
+    expected = figures(model_server.tally)
+    assert lm_metrics(job) == (expected if not disable_history else {**dict.fromkeys(expected, 0), "lm_calls": 1})
+    assert store.json(job, "lm_usage.json")["openai/demo"]["calls"] == 1
+    assert skilltrace.status().lm_calls_late == 1
+
+
+def test_a_call_of_a_bare_thread_is_counted_apart_with_a_hint(store, lm, caplog):
+    """No run can be found for it: `status()` counts it, and the log says what is missing."""
+    with tracked_job("job"):
+        thread = threading.Thread(target=lm, args=("lost",))
+        thread.start()
+        thread.join()
     assert lm_metrics(store.run())["lm_calls"] == 0
+    assert skilltrace.status().lm_calls_unattributed == 1
+    assert caplog.text.count("skilltrace.propagate") == 1
 
 
 # --- many at once ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from skilltrace.usage import Call, LMUsage, Meter, read_entry
+from skilltrace.usage import LMCall, LMUsage, Meter, read_entry
 
 CHAT = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
 RESPONSES = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}
@@ -124,13 +124,13 @@ def test_the_model_is_the_entrys(given, name):
 def test_a_flag_says_that_the_cache_answered():
     """Up to DSPy 3.3.1 a cached response has `cache_hit=True`; its original's cost and tokens are not billed again."""
     call = read_entry(entry(CHAT, response=SimpleNamespace(cache_hit=True, usage=CHAT), cost=0.5))
-    assert call == Call("openai/demo", cached=True, cost=0.0)
+    assert call == LMCall("openai/demo", cached=True, cost=0.0)
 
 
 def test_an_emptied_usage_says_that_the_cache_answered():
     """DSPy 3.4.1 sets no flag: the entry's usage is empty while the response still has the original's."""
     call = read_entry(entry({}, response=SimpleNamespace(usage=Details(**CHAT)), cost=0.5))
-    assert call == Call("openai/demo", cached=True, cost=0.0)
+    assert call == LMCall("openai/demo", cached=True, cost=0.0)
 
 
 @pytest.mark.parametrize("kind", [tuple, list])
@@ -182,9 +182,9 @@ def test_a_cost_that_is_not_finite_is_unknown(cost):
 def test_a_meter_adds_up_by_model():
     """Each call counts in the whole and in its model's part."""
     meter = Meter()
-    meter.add(Call("a", 1.0, tokens_input=10, tokens_output=2, tokens_total=12, cost=0.5), {})
-    meter.add(Call("b", 0.5, failed=True), {})
-    meter.add(Call("a", 0.0, cached=True, cost=0.0), {})
+    meter.add(LMCall("a", 1.0, tokens_input=10, tokens_output=2, tokens_total=12, cost=0.5), {})
+    meter.add(LMCall("b", 0.5, failed=True), {})
+    meter.add(LMCall("a", 0.0, cached=True, cost=0.0), {})
     usage = meter.usage
     assert (usage.calls, usage.calls_cached, usage.calls_failed) == (3, 1, 1)
     assert (usage.tokens_total, usage.duration, usage.cost) == (12, 1.5, 0.5)
@@ -195,17 +195,17 @@ def test_a_meter_keeps_the_settings_in_order_and_once():
     """The values of `lm.…` are those used, in the order of first use; None is no value."""
     meter = Meter()
     for temperature in (0.7, None, 0.1, 0.7):
-        meter.add(Call("a"), {"lm.model": "a", "lm.temperature": temperature})
+        meter.add(LMCall("a"), {"lm.model": "a", "lm.temperature": temperature})
     assert meter.settings == {"lm.model": ["a"], "lm.temperature": ["0.7", "0.1"]}
 
 
 def test_a_closed_meter_counts_what_comes_late_apart():
     """Figures that are written do not change any more."""
     meter = Meter()
-    meter.add(Call("a"), {})
+    meter.add(LMCall("a"), {})
     usage = meter.close()
-    assert not meter.add(Call("a"), {"lm.model": "a"})
-    assert (usage.calls, meter.late, meter.settings) == (1, 1, {})
+    assert not meter.add(LMCall("a"), {"lm.model": "a"})
+    assert (usage.calls, meter.settings) == (1, {})
 
 
 def test_the_metrics_have_a_cost_only_where_it_is_known():
