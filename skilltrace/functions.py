@@ -10,7 +10,7 @@ from typing import Any
 
 import wrapt
 
-from skilltrace import capture, config
+from skilltrace import capture, config, pickling
 from skilltrace.call import Site, Spec, begin_call, open_call
 
 _MOST_ITEMS = 10_000  # yielded items that are kept for the result
@@ -23,28 +23,73 @@ class _BoundFunction(wrapt.BoundFunctionWrapper):  # type: ignore[type-arg]  # g
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return self._self_parent.__get__(copy.deepcopy(self._self_instance, memo), type(self._self_instance))
+        function, instance, owner = _binding(self)
+        return _bound(function, copy.deepcopy(instance, memo), owner)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return getattr, (self._self_instance, self.__wrapped__.__name__)
+        method = self.__wrapped__
+        owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        if owner is not None and pickling.in_class(owner, name) is self._self_parent:
+            return getattr, (owner, name)  # as Python's own methods
+        return _reduced_method(self)
 
 
 class TrackedFunction(wrapt.FunctionWrapper):  # type: ignore[type-arg]  # generic only in wrapt's stubs
     """A decorated function: in all respects that function, but for its calls.
 
-    wrapt's own wrapper can be neither copied nor pickled; this one is found again by its name, as functions are.
+    wrapt's own wrapper can be neither copied nor pickled; this one is found again by its name, as functions are, or
+    made again around what it wraps.
     """
 
     __bound_function_wrapper__ = _BoundFunction
 
     def __copy__(self) -> Any:
-        return self
+        return _around(self, copy.copy(self.__wrapped__))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return self
+        return _around(self, copy.deepcopy(self.__wrapped__, memo))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.__wrapped__.__qualname__
+        return pickling.by_name(self) or _reduced(self)
+
+
+def _around(tracked: Any, copied: Any) -> Any:
+    # Functions are their own copies; an object that is called is not.
+    return tracked if copied is tracked.__wrapped__ else _tracked(copied, spec_of(tracked))
+
+
+def _binding(bound: Any) -> tuple[Any, Any, Any]:
+    # A static method is the same by whichever instance it was reached, which may be one that cannot be copied.
+    instance = None if bound._self_binding == "staticmethod" else bound._self_instance
+    return bound._self_parent, instance, bound._self_owner
+
+
+def _bound(function: Any, instance: Any, owner: Any) -> Any:
+    return function.__get__(instance, owner)
+
+
+def _tracked(function: Any, spec: Spec) -> Any:
+    # The function is read at the first call: inside the pickle of one that calls itself it is not complete yet.
+    known = functools.cache(functools.partial(_wrapper, spec, function))
+
+    def wrapper(*call: Any) -> Any:
+        return known()(*call)
+
+    tracked: Any = TrackedFunction(function, wrapper)
+    tracked._self_spec = spec
+    return tracked
+
+
+def _reduced(tracked: Any) -> tuple[Any, ...]:
+    return _tracked, (tracked.__wrapped__, spec_of(tracked))
+
+
+def _reduced_method(bound: Any) -> tuple[Any, ...]:
+    return _bound, _binding(bound)
+
+
+pickling.pickle_by_value(TrackedFunction, _reduced)
+pickling.pickle_by_value(_BoundFunction, _reduced_method)
 
 
 def spec_of(function: Any) -> Spec:
@@ -58,6 +103,12 @@ def track_function(spec: Spec, function: Any) -> Any:
     """A function, or anything else that is called, with a run around each call."""
     if isinstance(function, TrackedFunction) and spec_of(function).same_run(spec):
         function = function.__wrapped__  # decorated twice: one run, with the outer options
+    tracked: Any = TrackedFunction(function, _wrapper(spec, function))
+    tracked._self_spec = spec
+    return tracked
+
+
+def _wrapper(spec: Spec, function: Any) -> Callable[..., Any]:
     # Through staticmethod and classmethod, not through `__wrapped__`: a decorator may have made an async function sync.
     unbound = plain = getattr(function, "__func__", function)
     while isinstance(plain, functools.partial):
@@ -66,9 +117,7 @@ def track_function(spec: Spec, function: Any) -> Any:
     owner = getattr(plain, "__qualname__", name).rpartition(".")[0].rpartition(".")[2]
     service = owner if owner and owner != "<locals>" else getattr(plain, "__module__", None)
     site = Site(spec, "function" if name == "<lambda>" else name, service, capture.Binder(unbound))
-    tracked: Any = TrackedFunction(function, _wrapper_for(site, plain))
-    tracked._self_spec = spec
-    return tracked
+    return _wrapper_for(site, plain)
 
 
 def _wrapper_for(site: Site, plain: Any) -> Callable[..., Any]:

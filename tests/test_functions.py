@@ -2,11 +2,9 @@
 
 import asyncio
 import contextlib
-import copy
 import functools
 import inspect
 import math
-import pickle
 import threading
 from dataclasses import dataclass
 from typing import get_type_hints
@@ -561,25 +559,6 @@ def test_wrapped_functions_stay_what_they_were():
     assert inspect.iscoroutinefunction(Service().amethod)
     assert inspect.ismethod(Service().method)
     assert "The docstring." in inspect.getdoc(module_level)
-
-
-def test_functions_pickle_by_name_and_copy_as_themselves():
-    """As plain functions do."""
-    assert pickle.loads(pickle.dumps(module_level)) is module_level
-    assert copy.copy(module_level) is module_level
-    assert copy.deepcopy(module_level) is module_level
-
-
-def test_bound_methods_pickle_and_deepcopy_with_their_owner(store):
-    """The copy is bound to the copied owner, and still tracked."""
-    service = Service()
-    service.region = "us"
-    copied = copy.deepcopy(service.method)
-    assert copied.__self__ is not service
-    assert copied.__self__.region == "us"
-    loaded = pickle.loads(pickle.dumps(service.method))
-    assert loaded(1) == copied(1) == {"x": 1}
-    assert [run.info.run_name for run in store.runs()] == ["method_us_1"] * 2
 
 
 def test_partials_and_callable_objects_can_be_decorated(store):
