@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from skilltrace import autolog, capture, config
+from skilltrace import autolog, capture, config, mlflow_fluent
 from skilltrace.artifact import file_name
 from skilltrace.faults import report
 from skilltrace.redaction import Redactor
@@ -107,6 +107,7 @@ class Call:
             target=settings.target_for(spec.experiment) if spec.experiment or parent is None else parent.target,
             tags=tags,
             params=capture.params(arguments, first, spec.params, redactor),
+            mlflow_parent=mlflow_fluent.started_run_id(parent) if parent is not None else None,
         )
 
     @staticmethod

@@ -202,6 +202,19 @@ def current_run() -> Run | None:
     return _settings.thread_local_overrides.get().get(_RUN) if _settings is not None else None
 
 
+def recall(key: str) -> Any:
+    """What `remember` has put into DSPy's context, or None."""
+    return _settings.thread_local_overrides.get().get(key) if _settings is not None else None
+
+
+def remember(key: str, value: Any) -> None:
+    """Put something into DSPy's context, which its threads carry on."""
+    if _settings is not None:
+        overrides = _settings.thread_local_overrides
+        now = overrides.get()
+        overrides.set(type(now)({**now, key: value}))
+
+
 def _collectors() -> list[_Collector]:
     callers = _settings.settings.caller_modules or ()
     return [caller for caller in callers if type(caller) is _Collector]

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from skilltrace.errors import DeliveryError
-from skilltrace.faults import logger, warn_once
+from skilltrace.faults import logger, report, warn_once
 from skilltrace.redaction import without_credentials
 from skilltrace.tree import Node
 
@@ -106,7 +106,7 @@ class Store:
     """
 
     def __init__(self, uri: str, lock: AbstractContextManager[Any] | None = None) -> None:
-        self.uri = _with_credentials.get(uri, uri)
+        self.uri = with_credentials(uri)
         self._experiments: dict[Target, str] = {}
         load()
         with _errors_sorted(), lock or nullcontext():
@@ -200,6 +200,15 @@ class Store:
             )
 
 
+def unavailable(message: str) -> Exception:
+    """What MLflow raises where a store does not answer."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+
+    error: Exception = MlflowException(message, TEMPORARILY_UNAVAILABLE)
+    return error
+
+
 def get_run(uri: str, run_id: str) -> Any:
     """The `mlflow.entities.Run` of an id.
 
@@ -252,6 +261,11 @@ def _node(client: MlflowClient, run: Any) -> Node:
 # --- credentials: a journal has none, so a process keeps those that it was configured with --------------------------
 
 _with_credentials: dict[str, str] = {}
+
+
+def with_credentials(uri: str) -> str:
+    """A URI as this process was configured with it, for the one that a journal has."""
+    return _with_credentials.get(uri, uri)
 
 
 def know(uri: str) -> None:
@@ -468,10 +482,38 @@ def _export_in_background() -> None:
         )
 
 
+_at_span_end: dict[str, Callable[[Any], None]] = {}  # by what it is for
+
+
+def _process_spans(purpose: str, process: Callable[[Any], None]) -> None:
+    """Have a function called with each span at its end, after the user's own span processors; one for each purpose."""
+    _at_span_end[purpose] = process
+    spans = importlib.import_module("mlflow.entities.span")
+    original = getattr(spans, "apply_span_processors", None)
+    if original is None:
+        warn_once("spans", "This MLflow ends its spans in an unknown way: traces are not redacted, nor linked to runs.")
+    elif not hasattr(original, "skilltrace"):
+
+        @functools.wraps(original)
+        def processed(span: Any) -> None:
+            original(span)
+            for each in list(_at_span_end.values()):
+                try:
+                    each(span)
+                except Exception:
+                    report("see the end of a span")
+
+        processed.skilltrace = True  # type: ignore[attr-defined]  # what says that it is ours
+        spans.__dict__["apply_span_processors"] = processed
+
+
+def on_span_end(act: Callable[[str], None]) -> None:
+    """Have a function called with the trace's id where one of its spans ends, in whose context."""
+    _process_spans("link", lambda span: act(span.trace_id))
+
+
 def _redact_spans(redact: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Take secrets out of each span before it is exported, after what the user's own span processors do."""
-    from mlflow import tracing
-    from mlflow.tracing.config import get_config
+    """Take secrets out of each span before it is exported."""
 
     def without_secrets(span: Any) -> None:
         attributes = span.attributes
@@ -482,9 +524,7 @@ def _redact_spans(redact: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
             for event in span._span._events:  # exceptions, with their messages
                 event._attributes = redact(dict(event.attributes))
 
-    without_secrets.skilltrace = True  # type: ignore[attr-defined]  # what says that it is ours
-    others = [processor for processor in get_config().span_processors if not hasattr(processor, "skilltrace")]
-    tracing.configure(span_processors=[*others, without_secrets])
+    _process_spans("redact", without_secrets)
 
 
 def _renew_exports() -> None:

@@ -46,21 +46,19 @@ def propagate(function: Callable[P, R]) -> Callable[P, R]:
             "the function that consumes it"
         )
     context = contextvars.copy_context()
-    carried: Any
-    if inspect.iscoroutinefunction(function):
 
-        @functools.wraps(function)
-        async def carried(*args: Any, **kwargs: Any) -> Any:
-            with _entered(context):
-                return await function(*args, **kwargs)
+    @functools.wraps(function)
+    async def acarried(*args: Any, **kwargs: Any) -> Any:
+        with _entered(context):
+            awaitable: Any = function(*args, **kwargs)
+            return await awaitable
 
-    else:
+    @functools.wraps(function)
+    def carried(*args: Any, **kwargs: Any) -> Any:
+        return context.copy().run(function, *args, **kwargs)
 
-        @functools.wraps(function)
-        def carried(*args: Any, **kwargs: Any) -> Any:
-            return context.copy().run(function, *args, **kwargs)
-
-    return carried  # type: ignore[no-any-return]
+    chosen: Any = acarried if inspect.iscoroutinefunction(function) else carried
+    return chosen  # type: ignore[no-any-return]
 
 
 @contextmanager

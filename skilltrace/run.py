@@ -188,6 +188,13 @@ class Run:
         info = self.entity().info
         return mlflow_bridge.run_url(self.target.uri, info.experiment_id, info.run_id, f"http://127.0.0.1:{UI_PORT}")
 
+    def innermost_open(self) -> Run | None:
+        """The run itself, or where it has ended the nearest one around it that has not."""
+        run: Run | None = self
+        while run is not None and run._ended:
+            run = run.parent
+        return run
+
     def entity(self) -> Any:
         """The `mlflow.entities.Run`, as MLflow has it now. Waits and raises as `run_id` does."""
         return mlflow_bridge.get_run(self.target.uri, self.run_id)
@@ -478,9 +485,7 @@ def current_run() -> Run | None:
         'search'
     """
     run = _current.get() or dspy_bridge.current_run()
-    while run is not None and run._ended:
-        run = run.parent
-    return run
+    return run.innermost_open() if run is not None else None
 
 
 def activate(run: Run) -> tuple[Run | None, Any]:

@@ -95,7 +95,7 @@ class Tracking:
         if flush:
             assert skilltrace.flush(60), skilltrace.status()
         found = self.client.search_runs([self.experiment_id], order_by=["attributes.start_time ASC"], max_results=5000)
-        return sorted(found, key=lambda run: _order.get(run.data.tags["skilltrace.key"], run.info.start_time))
+        return sorted(found, key=lambda run: _order.get(run.data.tags.get("skilltrace.key"), run.info.start_time))
 
     def run(self, name=None):
         """The only run, or the only one of a name."""

@@ -95,6 +95,7 @@ def job():
     pass
 
 heavy = {"mlflow", "dspy", "litellm", "openai", "pandas", "numpy", "sqlalchemy", "pydantic", "requests", "rich", "IPython"}
+heavy |= {"cloudpickle", "joblib"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
     )
