@@ -116,7 +116,7 @@ class Worker:
         left = max(0.0, deadline - time.monotonic())
         try:
             return future.result(min(left, _PATIENCE_IN_OUTAGE) if self._failures else left)
-        except (TimeoutError, FuturesTimeout, CancelledError):
+        except (FuturesTimeout, CancelledError):
             future.cancel()
             return None
         finally:
@@ -251,15 +251,14 @@ def _recover(folder: Path, stores: dict[str, Store]) -> bool:
 def find(key: str, target: Target, deadline: float) -> str | None:
     """The MLflow id of a run that another process delivers, when that has done so; None where it does not in time."""
     pause = threading.Event()  # never set: another process has no event to wait for
-    while True:
-        try:
-            store = Store(target.uri)
-            run_id = store.find_run(store.experiment_id(target), key)
-        except (Unavailable, Refused):
-            return None
-        if run_id is not None or time.monotonic() + _PARENT_PAUSE > deadline:
-            return run_id
-        pause.wait(_PARENT_PAUSE)
+    try:
+        store = Store(target.uri)
+        experiment_id = store.experiment_id(target)
+        while (run_id := store.find_run(experiment_id, key)) is None and time.monotonic() + _PARENT_PAUSE <= deadline:
+            pause.wait(_PARENT_PAUSE)
+    except (Unavailable, Refused):
+        return None
+    return run_id
 
 
 @dataclass(frozen=True)

@@ -68,17 +68,16 @@ class _Collector:
             else:
                 call.recorded = True
                 figures, settings = read_entry(entry, duration=call.seconds()), call.settings
-            innermost = _collectors()[-1] is self
-            self.add(figures, {"lm.model": figures.model, **settings}, innermost=innermost)
+            self.add(figures, {"lm.model": figures.model, **settings}, call.collectors if call is not None else None)
         except Exception:
             report("count an LM call")
 
-    def add(self, call: LMCall, settings: Mapping[str, Any], *, innermost: bool) -> None:
-        """Count a call, made inside this run and perhaps inside others that are in this one."""
+    def add(self, call: LMCall, settings: Mapping[str, Any], collectors: list[_Collector] | None) -> None:
+        """Count a call that was made inside the runs of `collectors` (None: those of this context), this one's too."""
         if self.meter.add(call, settings):
             return
         # The run has ended. The nearest open one around it counts the call by itself; the outermost, where none is.
-        if innermost:
+        if (collectors or _collectors())[-1] is self:  # once for each call, not for each run around it
             strays.add(late=1)
             warn_once(
                 ("late", self.run.kind, self.run.name),
@@ -304,8 +303,7 @@ def _make_callback(base: type, lm_base: type) -> Any:
                 )
             figures = LMCall(call.model, call.seconds(), failed=failed)
             for collector in call.collectors:
-                innermost = collector is call.collectors[-1]
-                collector.add(figures, {"lm.model": call.model, **call.settings}, innermost=innermost)
+                collector.add(figures, {"lm.model": call.model, **call.settings}, call.collectors)
 
         def __deepcopy__(self, memo: dict[int, Any]) -> Any:
             return self
@@ -326,8 +324,7 @@ def _stray() -> None:
 
 def _note_trace() -> None:
     run = current_run()
-    while run is not None and run.ended:
-        run = run.parent
+    run = run.innermost_open() if run is not None else None
     if run is not None:
         trace_id = mlflow_bridge.active_trace_id()
         if trace_id is not None:

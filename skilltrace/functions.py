@@ -75,7 +75,10 @@ def _tracked(function: Any, spec: Spec) -> Any:
     def wrapper(*call: Any) -> Any:
         return known()(*call)
 
-    tracked: Any = TrackedFunction(function, wrapper)
+    return _with_spec(TrackedFunction(function, wrapper), spec)
+
+
+def _with_spec(tracked: Any, spec: Spec) -> Any:
     tracked._self_spec = spec
     return tracked
 
@@ -103,9 +106,7 @@ def track_function(spec: Spec, function: Any) -> Any:
     """A function, or anything else that is called, with a run around each call."""
     if isinstance(function, TrackedFunction) and spec_of(function).same_run(spec):
         function = function.__wrapped__  # decorated twice: one run, with the outer options
-    tracked: Any = TrackedFunction(function, _wrapper(spec, function))
-    tracked._self_spec = spec
-    return tracked
+    return _with_spec(TrackedFunction(function, _wrapper(spec, function)), spec)
 
 
 def _wrapper(spec: Spec, function: Any) -> Callable[..., Any]:

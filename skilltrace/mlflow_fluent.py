@@ -56,7 +56,7 @@ def _started_in(run: Run) -> list[Any]:
 
 def started_run_id(run: Run) -> str | None:
     """The id of the innermost run that the user has started with MLflow inside `run`, or None."""
-    started = _started_in(run) if _all_started() else []
+    started = _started_in(run)
     return str(started[-1].info.run_id) if started else None
 
 
